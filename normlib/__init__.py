@@ -1,0 +1,27 @@
+"""Every normalization is one formula over a different set of axes.
+
+Layers with the constructors, keys and errors of torch.nn:
+:class:`BatchNorm` for any rank, :class:`BatchNorm1d`, :class:`BatchNorm2d`
+and :class:`BatchNorm3d`. The same as functions: :mod:`normlib.functional`.
+The mathematics in NumPy, with the gradients by hand:
+:mod:`normlib.reference`.
+"""
+
+from normlib import axes, backends, functional, reference, stats
+from normlib.backends import use_backend
+from normlib.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "axes",
+    "backends",
+    "functional",
+    "reference",
+    "stats",
+    "use_backend",
+]

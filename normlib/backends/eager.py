@@ -1,0 +1,80 @@
+"""The formula itself, in PyTorch's own operations.
+
+It serves every call: any shape, dtype and device, and whatever autograd,
+functorch, ``torch.compile`` and ``torch.export`` make of it, because all of
+it is made of differentiable operations. The other backends are measured
+against it.
+"""
+
+import torch
+from torch import Tensor
+
+from normlib.axes import View, stat_axes
+from normlib.stats import Moments
+
+
+def available() -> bool:
+    """Always."""
+    return True
+
+
+def supports(x, view, weight, bias, *, over_batch, centered) -> bool:
+    """Always."""
+    return True
+
+
+def normalize(
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    over_batch: bool,
+    centered: bool,
+) -> tuple[Tensor, Moments]:
+    """``y = weight * (x - mean) / sqrt(var + eps) + bias`` over the view.
+
+    Returns:
+        y in the shape and dtype of x, and the moments with shape
+        (N, G, 1, 1), or (1, G, 1, 1) where ``over_batch``.
+    """
+    x4 = widen(x).reshape(view)
+    moments = Moments.of(x4, stat_axes(over_batch), centered=centered)
+    mean = moments.mean if centered else None
+    shape = (1, view.G, view.K, 1)
+    y = affine(
+        x4,
+        mean,
+        moments.var,
+        None if weight is None else weight.reshape(shape),
+        None if bias is None else bias.reshape(shape),
+        eps,
+    )
+    return y.reshape(x.shape).to(x.dtype), moments
+
+
+def affine(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, shapes broadcast."""
+    y = x if mean is None else x - mean
+    y = y * torch.rsqrt(var + eps)
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
+
+
+def widen(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; the others as they are.
+
+    Statistics are never taken in 16 bits: their sums would overflow
+    (float16) or stop growing (bfloat16).
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half else x

@@ -1,0 +1,105 @@
+"""Moments, and how they merge.
+
+A count, a mean and a variance are enough to know the mean and variance of two
+samples put together, without seeing either sample again. Running statistics
+merge over steps, and the same rule serves wherever data come in parts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """How many values, their mean, and their biased variance.
+
+    ``mean`` and ``var`` are tensors of one shape, one entry for each
+    statistic; ``count`` is the number of values behind each entry.
+    """
+
+    count: float
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, axes: Sequence[int], *, centered: bool = True
+    ) -> "Moments":
+        """The moments of x over some axes, which stay with size 1.
+
+        In two passes: first the mean, then the mean of the squared
+        distances from it. ``E[x^2] - E[x]^2`` would need one pass and lose
+        every digit where the mean is large.
+
+        Args:
+            x: floating point.
+            axes: to average over.
+            centered: where False, the mean is taken to be zero, and ``var``
+                is the mean square.
+        """
+        axes = tuple(axes)
+        count = 1
+        for axis in axes:
+            count = count * x.shape[axis]
+        if not centered:
+            square = x.square().mean(axes, keepdim=True)
+            return cls(count, torch.zeros_like(square), square)
+        mean = x.mean(axes, keepdim=True)
+        return cls(count, mean, (x - mean).square().mean(axes, keepdim=True))
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """The variance with ``count - 1`` in place of ``count`` (Bessel).
+
+        Infinite or NaN where the count is 1: one value says nothing about
+        a variance.
+        """
+        bessel = self.count / (self.count - 1) if self.count != 1 else torch.inf
+        return self.var * bessel
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both samples together.
+
+        Chan, Golub & LeVeque (1979): the mean moves by the share of the
+        newcomers, and the variance gains what lies between the two means.
+        """
+        count = self.count + other.count
+        share = other.count / count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * share
+        within = self.var + (other.var - self.var) * share
+        between = delta.square() * (share * (1 - share))
+        return Moments(count, mean, within + between)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: Moments,
+    momentum: float | Tensor,
+) -> None:
+    """Move running statistics towards a batch's, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``, where the
+    batch's variance is the unbiased one. ``momentum`` has PyTorch's sense:
+    the weight of the newcomer (Keras' 0.99 is 0.01 here). With
+    ``momentum = 1 / t`` at step t this is the cumulative average.
+
+    Args:
+        running_mean: one entry for each statistic, any floating dtype.
+        running_var: likewise.
+        batch: the batch's moments. An empty batch changes nothing.
+        momentum: a number or a tensor without axes.
+    """
+    if batch.count == 0:
+        return
+    for running, new in (
+        (running_mean, batch.mean),
+        (running_var, batch.unbiased_var),
+    ):
+        new = new.reshape(running.shape)
+        old = running.to(new.dtype)
+        running.copy_(old + (new - old) * momentum)
