@@ -36,7 +36,7 @@ class View(NamedTuple):
 
 
 def channel_view(shape: Sequence[int], num_groups: int | None = None) -> View:
-    """See (N, C, \\*positions) as (N, G, K, M), channels cut into groups.
+    """See (N, C, ...) as (N, G, K, M), channels cut into groups.
 
     Args:
         shape: of the input, with at least two axes.
@@ -67,7 +67,7 @@ def channel_view(shape: Sequence[int], num_groups: int | None = None) -> View:
 def trailing_view(
     shape: Sequence[int], normalized_shape: Sequence[int]
 ) -> View:
-    """See (\\*leading, \\*normalized_shape) as (N, 1, D, 1).
+    """See (..., D) as (N, 1, D, 1), where D may be several axes.
 
     Args:
         shape: of the input.

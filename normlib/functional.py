@@ -81,7 +81,7 @@ def batch_norm(
     variance in place. Otherwise by the running statistics.
 
     Args:
-        input: (N, C) or (N, C, \\*positions), floating point.
+        input: (N, C) or (N, C, ...), floating point.
         running_mean: (C,), or None.
         running_var: (C,), or None; both or neither in training.
         weight: scale, (C,), or None. float32 for a 16-bit input, or else of

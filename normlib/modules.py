@@ -1,6 +1,6 @@
 """The norms as layers: torch.nn's constructors, keys, repr and errors.
 
-The classes are :class:`torch.nn.Module`\\ s of our own. That each is a
+The classes are :class:`torch.nn.Module` subclasses of our own. That each is a
 drop-in for its namesake in torch.nn is tested, not inherited.
 """
 
@@ -14,7 +14,7 @@ _REPR_SHOWS_BIAS = "bias=" in repr(torch.nn.BatchNorm1d(1))
 
 
 class BatchNorm(Module):
-    """Batch normalization of (N, C) or (N, C, \\*positions), any rank >= 2.
+    """Batch normalization of (N, C) or (N, C, ...), any rank >= 2.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias`` for each channel.
     In training, mean and biased variance of the batch and its positions;
@@ -103,7 +103,7 @@ class BatchNorm(Module):
         """Normalize a batch; in training, also move the running statistics.
 
         Args:
-            input: (N, C) or (N, C, \\*positions).
+            input: (N, C) or (N, C, ...).
 
         Returns:
             y in the shape, dtype and memory format of the input.

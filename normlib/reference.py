@@ -91,7 +91,7 @@ def normalize_backward(
 
 
 def batch_norm(x, weight=None, bias=None, eps=1e-5):
-    """Each channel of (N, C, \\*) over the batch and the positions.
+    """Each channel of (N, C, ...) over the batch and the positions.
 
     This is training mode: the statistics are those of the batch. Returns
     ``(y, cache)`` as :func:`normalize` does. Ioffe & Szegedy (2015).
@@ -102,7 +102,7 @@ def batch_norm(x, weight=None, bias=None, eps=1e-5):
 
 
 def instance_norm(x, weight=None, bias=None, eps=1e-5):
-    """Each channel of each instance of (N, C, \\*) over its positions.
+    """Each channel of each instance of (N, C, ...) over its positions.
 
     Returns ``(y, cache)``. Ulyanov, Vedaldi & Lempitsky (2016).
     """
@@ -110,7 +110,7 @@ def instance_norm(x, weight=None, bias=None, eps=1e-5):
 
 
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    """Each group of channels of each instance of (N, C, \\*).
+    """Each group of channels of each instance of (N, C, ...).
 
     Returns ``(y, cache)``. Wu & He (2018).
     """
@@ -119,7 +119,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """Each vector of (\\*, \\*normalized_shape) over its own entries.
+    """Each vector of (..., D) over its own entries.
 
     Returns ``(y, cache)``. Ba, Kiros & Hinton (2016).
     """

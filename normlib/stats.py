@@ -56,7 +56,9 @@ class Moments(NamedTuple):
         Infinite or NaN where the count is 1: one value says nothing about
         a variance.
         """
-        bessel = self.count / (self.count - 1) if self.count != 1 else torch.inf
+        bessel = (
+            self.count / (self.count - 1) if self.count != 1 else torch.inf
+        )
         return self.var * bessel
 
     def merge(self, other: "Moments") -> "Moments":

@@ -1,0 +1,257 @@
+"""normlib.functional: the table of norms, then batch norm against torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, draw
+from devices import DEVICES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normlib import backends, functional
+from normlib.axes import View, channel_view
+from normlib.reference import normalize_backward
+from normlib.testing import assert_close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+@pytest.fixture(params=backends.available())
+def backend(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mean", [0.5, 100.0])
+def test_normalize_equals_the_reference(case, backend, device, dtype, mean):
+    x, weight, bias, dy = draw(case, mean=mean)
+    x, dy = x.to(dtype), dy.to(dtype)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and mean > 1:
+        pytest.skip("16 bits cannot hold values this far from their spread")
+    kept = torch.float32 if half else dtype
+    weight = weight.to(kept)
+    bias = None if bias is None else bias.to(kept)
+    args = [p if p is None else p.double().numpy() for p in (weight, bias)]
+    expected, cache = case.reference(x.double().numpy(), *args, 1e-5)
+    expected_grads = normalize_backward(dy.double().numpy(), cache)
+    leaves = [
+        p if p is None else p.to(device).requires_grad_()
+        for p in (x, weight, bias)
+    ]
+    y, mu, var = functional.normalize(
+        leaves[0], case.view, *leaves[1:], 1e-5, **case.kind
+    )
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert mu.shape == var.shape
+    # The statistics themselves lose digits of a far mean in 32 bits.
+    tolerance = 1e-3 if mean > 1 and dtype == torch.float32 else None
+    y.backward(dy.to(device))
+    if tolerance is None:
+        tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype)
+    assert_close(y, expected, tolerance=tolerance or 2e-5)
+    for leaf, ours in zip(leaves, expected_grads, strict=True):
+        if leaf is not None:
+            ours = ours.reshape(leaf.shape)
+            assert_close(leaf.grad, ours, tolerance=tolerance or 2e-5)
+
+
+def test_first_and_second_derivatives_by_finite_differences(case, backend):
+    x, weight, bias, _ = draw(case)
+    leaves = [p.requires_grad_() for p in (x, weight, bias) if p is not None]
+
+    def f(x, weight, bias=None):
+        return functional.normalize(
+            x, case.view, weight, bias, 1e-3, **case.kind
+        )[0]
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_normalize_returns_the_biased_moments():
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    view = channel_view(x.shape)
+    _, mean, var = functional.normalize(x, view, over_batch=True)
+    assert_close(mean, x.mean((0, 2)))
+    assert_close(var, x.var((0, 2), correction=0))
+    _, mean, var = functional.normalize(x, view)
+    assert_close(mean, x.mean(2))
+    assert_close(var, x.var(2, correction=0))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    shift=st.floats(-10, 10),
+    scale=st.floats(0.1, 10),
+    name=st.sampled_from(sorted(CASES)),
+)
+def test_shift_and_scale_of_the_input_change_nothing(shift, scale, name):
+    """Shift: where the norm centers. Scale: always, where eps is zero."""
+    case = CASES[name]
+    x, *_ = draw(case)
+    if case.view.count(case.kind["over_batch"]) == 1:
+        return
+    y = functional.normalize(x, case.view, eps=0.0, **case.kind)[0]
+    moved = x * scale + (shift if case.kind["centered"] else 0.0)
+    again = functional.normalize(moved, case.view, eps=0.0, **case.kind)[0]
+    assert_close(again, y, tolerance=1e-8)
+
+
+def test_group_norm_with_one_group_is_layer_norm_of_the_image():
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    one = functional.normalize(x, channel_view(x.shape, 1))[0]
+    assert_close(one, F.layer_norm(x, x.shape[1:]))
+
+
+def test_group_norm_with_a_group_for_each_channel_is_instance_norm():
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    assert_close(
+        functional.normalize(x, channel_view(x.shape, 6))[0],
+        F.instance_norm(x),
+    )
+
+
+def test_batch_norm_of_one_instance_is_instance_norm():
+    x = torch.randn(1, 6, 4, 4, dtype=torch.float64)
+    ours = functional.batch_norm(x, None, None, training=True)
+    assert_close(ours, F.instance_norm(x))
+
+
+def both(x, rm=None, rv=None, w=None, b=None, **kwargs):
+    """Ours and torch's batch_norm on copies; value or type of the error."""
+    results = []
+    for f in (functional.batch_norm, F.batch_norm):
+        running = [None if r is None else r.clone() for r in (rm, rv)]
+        try:
+            y = f(x, *running, w, b, **kwargs)
+            results.append((y, *(r for r in running if r is not None)))
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+X = torch.randn(4, 3, 5)
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+BAD = {
+    "no axes": ((torch.tensor(1.0),), {"training": True}),
+    "one axis": ((X[0, 0],), {"training": True}),
+    "weight too long": ((X, ZERO, ONE, torch.ones(4)), {"training": True}),
+    "bias too short": ((X, ZERO, ONE, ONE, ZERO[:2]), {"training": True}),
+    "running too long": ((X, torch.zeros(4), ONE), {"training": True}),
+    "running too short": ((X, ZERO, ONE[:2]), {}),
+    "one running mean": ((X, ZERO, None), {"training": True}),
+    "one running var": ((X, None, ONE), {"training": True}),
+    "evaluation without statistics": ((X,), {}),
+    "evaluation without variance": ((X, ZERO, None), {}),
+    "one value": ((X[:1, :, 0], ZERO, ONE), {"training": True}),
+    "eps 0 in training": ((X, ZERO, ONE), {"training": True, "eps": 0.0}),
+    "negative eps": ((X, ZERO, ONE), {"training": True, "eps": -1.0}),
+    "negative eps, evaluation": ((X, ZERO, ONE), {"eps": -1.0}),
+    "integers": ((X.long(), ZERO, ONE), {"training": True}),
+    "booleans": ((X > 0, ZERO, ONE), {}),
+    "complex": ((X + 0j,), {"training": True}),
+    "float64 input": ((X.double(), ZERO, ONE), {"training": True}),
+    "float64 weight": ((X, ZERO, ONE, ONE.double()), {"training": True}),
+    "16-bit weight": ((X, None, None, ONE.half()), {"training": True}),
+    "mixed parameters": (
+        (X.bfloat16(), ZERO, ONE, ONE.bfloat16()),
+        {"training": True},
+    ),
+    "running mean with gradient": (
+        (X, ZERO.clone().requires_grad_(), ONE),
+        {"training": True},
+    ),
+    "not a tensor": (([[1.0, 2.0, 3.0]],), {"training": True}),
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs"), BAD.values(), ids=BAD.keys())
+def test_bad_input_raises_what_torch_raises(args, kwargs):
+    before = [a.clone() for a in args[1:3] if a is not None]
+    ours, theirs = both(*args, **kwargs)
+    assert isinstance(theirs, Exception), "torch accepts this"
+    assert isinstance(ours, type(theirs)), (repr(ours), repr(theirs))
+    after = [a for a in args[1:3] if a is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "values"),
+    [
+        ((X, ZERO, ONE, torch.ones(4)), {"training": True}, r"3 .* 4"),
+        ((X[:1, :, 0],), {"training": True}, r"\(1, 3\)"),
+        ((X,), {"training": True, "eps": -2.5}, r"-2\.5"),
+        ((X.long(),), {"training": True}, "int64"),
+        ((X, ZERO, None), {"training": True}, "running_var is None"),
+        ((X.double(), ZERO, ONE), {}, "float64.*float32"),
+    ],
+)
+def test_errors_carry_the_rule_and_the_received_values(args, kwargs, values):
+    with pytest.raises(Exception, match=values):
+        functional.batch_norm(
+            *args,
+            **(
+                {"running_mean": None, "running_var": None}
+                if len(args) == 1
+                else {}
+            ),
+            **kwargs,
+        )
+
+
+def test_normalize_refuses_bad_input():
+    view = channel_view(X.shape)
+    with pytest.raises(NotImplementedError, match="int64"):
+        functional.normalize(X.long(), view)
+    with pytest.raises(ValueError, match="-1"):
+        functional.normalize(X, view, eps=-1.0)
+    with pytest.raises(RuntimeError, match=r"holds 72 values.*60"):
+        functional.normalize(X, View(4, 3, 1, 6))
+    with pytest.raises(RuntimeError, match="3 elements not 4"):
+        functional.normalize(X, view, torch.ones(4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_and_infinity_propagate_as_in_torch(bad, training):
+    x = X.clone()
+    x[1, 2, 3] = bad
+    ours, theirs = both(x, ZERO, ONE, ONE, ZERO, training=training)
+    assert_close(ours, theirs)
+    assert ours[0][:, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (0, 3, 0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_gives_an_empty_output(shape, training):
+    ours, theirs = both(
+        torch.empty(shape), ZERO, ONE, ONE, ZERO, training=training
+    )
+    assert_close(ours, theirs)
+
+
+def test_a_batch_without_channels_is_empty_too():
+    ours, theirs = both(torch.empty(4, 0, 2), training=True)
+    assert_close(ours, theirs)
+
+
+def test_momentum_one_forgets_the_past():
+    rm, rv = torch.full((3,), 9.0), torch.full((3,), 9.0)
+    ours, theirs = both(X, rm, rv, training=True, momentum=1.0)
+    assert_close(ours, theirs)
+
+
+def test_eps_larger_than_the_variance_shrinks_the_output():
+    x = torch.randn(64, 2, dtype=torch.float64) * 1e-3
+    y = functional.batch_norm(x, None, None, training=True, eps=1e-5)
+    s2 = x.var(0, correction=0)
+    assert_close(y.var(0, correction=0), s2 / (s2 + 1e-5))
