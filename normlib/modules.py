@@ -142,7 +142,9 @@ class BatchNorm(Module):
             return self.momentum
         if self.num_batches_tracked is None:
             return 0.0
-        return 1.0 / (self.num_batches_tracked + 1)
+        # At least 32 bits: a bfloat16 cannot count past 256.
+        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
+        return 1.0 / (self.num_batches_tracked + 1).to(dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         rank = input.dim()

@@ -74,7 +74,8 @@ def assert_close(actual, expected, *, tolerance: float | None = None) -> float:
     if isinstance(actual, (list, tuple)):
         assert len(actual) == len(expected), (len(actual), len(expected))
         pairs = zip(actual, expected, strict=True)
-        return max(assert_close(a, e, tolerance=tolerance) for a, e in pairs)
+        found = [assert_close(a, e, tolerance=tolerance) for a, e in pairs]
+        return max(found, default=0.0)
     a, e = _tensor(actual), _tensor(expected)
     assert a.shape == e.shape, f"shapes {tuple(a.shape)}, {tuple(e.shape)}"
     if tolerance is None:
