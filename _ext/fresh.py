@@ -1,0 +1,68 @@
+"""Execute the notebooks again when what they import has changed.
+
+jupyter-cache knows a notebook by its own code, so that an edit of the
+package would show stale outputs. This extension keeps a fingerprint of the
+package and of the libraries under it beside the cache. When it differs, the
+cache is emptied and every page that runs code is read again.
+"""
+
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import shutil
+
+from sphinx.util import logging
+
+LIBRARIES = ("matplotlib", "numpy", "scikit-learn", "torch")
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(root):
+    """Return one hash of the package's source and of what it stands on."""
+    digest = hashlib.sha256(platform.python_version().encode())
+    for name in LIBRARIES:
+        digest.update(f"{name}{importlib.metadata.version(name)}".encode())
+    for source in sorted((root / "normlib").rglob("*.py")):
+        digest.update(source.relative_to(root).as_posix().encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def empty_stale_cache(app, config):
+    """Empty the cache of executed notebooks where it is out of date."""
+    root = pathlib.Path(app.srcdir)
+    cache = pathlib.Path(
+        config.nb_execution_cache_path
+        or pathlib.Path(app.outdir).parent / ".jupyter_cache"
+    )
+    now = fingerprint(root)
+    kept = cache.parent / "normlib.sha256"
+    if cache.exists() and not (kept.exists() and kept.read_text() == now):
+        logger.info("normlib has changed: the notebooks are executed again")
+        shutil.rmtree(cache)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(now)
+    config.normlib_fingerprint = now
+
+
+def read_again(app, env, added, changed, removed):
+    """Name the pages that run code, where the package has changed."""
+    now = app.config.normlib_fingerprint
+    before = getattr(env, "normlib_fingerprint", None)
+    env.normlib_fingerprint = now
+    if before == now:
+        return []
+    return [
+        name
+        for name in env.found_docs
+        if env.doc2path(name).endswith(".ipynb")
+    ]
+
+
+def setup(app):
+    """Connect the two halves; both cost a few milliseconds."""
+    app.add_config_value("normlib_fingerprint", "", "")
+    app.connect("config-inited", empty_stale_cache)
+    app.connect("env-get-outdated", read_again)
+    return {"version": "1", "parallel_read_safe": True}
