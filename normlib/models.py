@@ -1,0 +1,126 @@
+"""Small networks of the chapters, each with a slot for a normalization layer.
+
+A slot is a callable: it takes the number of channels and returns a layer, so
+``norm=normlib.BatchNorm1d`` fills every slot of :func:`mlp` and ``norm=None``
+leaves them empty. The weights depend on the seed alone: two networks that
+differ only in their slots start from the same weights.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Norm = Callable[[int], nn.Module] | None
+"""Channels to a layer; ``None`` for no layer."""
+
+
+def mlp(
+    sizes: list[int],
+    *,
+    norm: Norm = None,
+    act: Callable[[], nn.Module] = nn.ReLU,
+    place: str = "before",
+    init: Callable[..., torch.Tensor] = nn.init.kaiming_normal_,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Build a multilayer perceptron: linear, norm, activation, repeated.
+
+    Args:
+        sizes: features of the input, of each hidden layer, and of the output,
+            such as ``[64] + 8 * [64] + [10]``. The output layer has neither
+            norm nor activation.
+        norm: makes the layer of a slot from its number of features.
+        act: makes an activation.
+        place: ``"before"`` the activation or ``"after"`` it.
+        init: fills a weight; called as ``init(weight, generator=...)``.
+        seed: of the weights.
+
+    Returns:
+        The network; its biases start at zero. A linear layer directly
+        followed by a norm has no bias: the norm's own takes its place.
+
+    Raises:
+        ValueError: where ``place`` is neither.
+
+    Chapter 2.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, width in zip(sizes[:-2], sizes[1:-1], strict=True):
+        linear = nn.Linear(fan_in, width, bias=_keeps_bias(norm, place))
+        layers += _block(linear, width, norm, act, place)
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    return _initialize(nn.Sequential(*layers), init, seed)
+
+
+def cnn(
+    channels: list[int],
+    *,
+    norm: Norm = None,
+    act: Callable[[], nn.Module] = nn.ReLU,
+    place: str = "before",
+    init: Callable[..., torch.Tensor] = nn.init.kaiming_normal_,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Build a convolutional network for the 8 by 8 digits.
+
+    Convolutions of 3 by 3 pixels, the second of them with stride 2, each
+    followed by norm and activation; then the mean over the positions and a
+    linear layer.
+
+    Args:
+        channels: of each convolution's output, such as ``[16, 32, 32]``.
+        norm: makes the layer of a slot from its number of channels.
+        act: makes an activation.
+        place: ``"before"`` the activation or ``"after"`` it.
+        init: fills a weight; called as ``init(weight, generator=...)``.
+        seed: of the weights.
+
+    Returns:
+        The network, from ``(N, 64)`` pixels to ``(N, 10)`` scores. Biases as
+        in :func:`mlp`.
+
+    Raises:
+        ValueError: where ``place`` is neither.
+
+    Chapter 2.
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    fan_in = 1
+    for i, width in enumerate(channels):
+        conv = nn.Conv2d(
+            fan_in,
+            width,
+            3,
+            stride=2 if i == 1 else 1,
+            padding=1,
+            bias=_keeps_bias(norm, place),
+        )
+        layers += _block(conv, width, norm, act, place)
+        fan_in = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(fan_in, 10)]
+    return _initialize(nn.Sequential(*layers), init, seed)
+
+
+def _keeps_bias(norm: Norm, place: str) -> bool:
+    return norm is None or place == "after"
+
+
+def _block(layer, width, norm, act, place) -> list[nn.Module]:
+    if place not in ("before", "after"):
+        raise ValueError(f"place={place!r} is neither 'before' nor 'after'")
+    if norm is None:
+        return [layer, act()]
+    if place == "before":
+        return [layer, norm(width), act()]
+    return [layer, act(), norm(width)]
+
+
+def _initialize(model: nn.Sequential, init, seed: int) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model:
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            init(layer.weight, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return model

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import nn
+
+import normlib
+from normlib import models
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in model]
+
+
+@pytest.mark.parametrize(
+    ("place", "block"),
+    [
+        ("before", ["Linear", "BatchNorm1d", "ReLU"]),
+        ("after", ["Linear", "ReLU", "BatchNorm1d"]),
+    ],
+)
+def test_the_norm_stands_where_asked(place, block):
+    model = models.mlp([4, 5, 6, 3], norm=normlib.BatchNorm1d, place=place)
+    assert kinds(model) == block * 2 + ["Linear"]
+
+
+def test_an_empty_slot_leaves_no_layer():
+    assert kinds(models.mlp([4, 5, 3])) == ["Linear", "ReLU", "Linear"]
+
+
+def test_a_norm_takes_the_place_of_the_bias_it_would_cancel():
+    before = models.mlp([4, 5, 3], norm=normlib.BatchNorm1d)
+    after = models.mlp([4, 5, 3], norm=normlib.BatchNorm1d, place="after")
+    assert before[0].bias is None
+    assert before[-1].bias is not None
+    assert after[0].bias is not None
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("build", [models.mlp, models.cnn])
+def test_the_slot_does_not_change_the_weights(build, place):
+    sizes, norm = {
+        models.mlp: ([64, 8, 8, 10], nn.BatchNorm1d),
+        models.cnn: ([4, 6], nn.BatchNorm2d),
+    }[build]
+    plain = build(sizes, seed=3)
+    normed = build(sizes, norm=norm, place=place, seed=3)
+
+    def weights(model):
+        return [p for p in model.parameters() if p.dim() > 1]
+
+    assert all(map(torch.equal, weights(plain), weights(normed)))
+
+
+def test_the_weights_follow_the_seed_and_nothing_else():
+    first = models.mlp([4, 5, 3], seed=1)
+    torch.rand(7)
+    again, other = models.mlp([4, 5, 3], seed=1), models.mlp([4, 5, 3], seed=2)
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
+def test_init_fills_every_weight_and_biases_start_at_zero():
+    def threes(weight, generator):
+        return nn.init.constant_(weight, 3.0)
+
+    model = models.cnn([4, 6], init=threes)
+    for layer in model:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            assert (layer.weight == 3).all()
+            assert (layer.bias == 0).all()
+
+
+def test_the_cnn_maps_digits_to_scores_and_halves_the_image_once():
+    model = models.cnn([4, 6, 6], norm=normlib.BatchNorm2d)
+    x = torch.rand(5, 64)
+    assert model(x).shape == (5, 10)
+    assert model[:10](x).shape == (5, 6, 4, 4)
+
+
+@pytest.mark.parametrize("norm", [None, normlib.BatchNorm1d])
+def test_an_unknown_place_is_refused_with_its_name(norm):
+    with pytest.raises(ValueError, match="between"):
+        models.mlp([4, 5, 3], norm=norm, place="between")
