@@ -3,8 +3,11 @@
 Every function takes arrays and an optional Axes, and returns the Axes.
 """
 
+import math
+
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy
 
 COLORS = {
     "none": "#64748b",
@@ -139,3 +142,190 @@ def _cube(ax, inside, color) -> None:
     )
     ax.set_aspect("equal")
     ax.axis("off")
+
+
+def spread(x, runs, label: str, color: str, ax=None):
+    """Draw the mean of several runs as a line and every run as a dot.
+
+    Args:
+        x: (points,) positions.
+        runs: (runs, points) values; NaN where there is none.
+        label: of the line.
+        color: a key of :data:`COLORS` or any color.
+        ax: axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.gca()
+    color = COLORS.get(color, color)
+    x, runs = numpy.asarray(x), numpy.atleast_2d(runs)
+    ax.plot(x, runs.mean(0), color=color, label=label)
+    for run in runs:
+        ax.plot(x, run, "o", color=color, alpha=0.45, markersize=3.5)
+    return ax
+
+
+def computation_graph(nodes: dict, edges: list, ax=None):
+    """Draw a computation: boxes joined by arrows.
+
+    Args:
+        nodes: name to ``(x, y, text, note)``; the text stands in the box and
+            the note, which may be empty, below it in the accent color.
+        edges: pairs of names, from a value to what is computed from it.
+        ax: axes to draw on.
+
+    Returns:
+        The axes, without a frame.
+    """
+    ax = ax or plt.gca()
+    ax.set_axis_off()
+    boxes = {}
+    for name, (x, y, text, note) in nodes.items():
+        boxes[name] = ax.annotate(
+            text,
+            (x, y),
+            ha="center",
+            va="center",
+            fontsize=12,
+            bbox={"boxstyle": "round,pad=0.45", "fc": "white", "ec": "black"},
+        )
+        ax.text(
+            x, y - 0.34, note, ha="center", va="top", color=COLORS["accent"]
+        )
+    for start, end in edges:
+        ax.annotate(
+            "",
+            nodes[end][:2],
+            nodes[start][:2],
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": COLORS["none"],
+                "patchA": boxes[start].get_bbox_patch(),
+                "patchB": boxes[end].get_bbox_patch(),
+                "shrinkA": 2,
+                "shrinkB": 3,
+            },
+        )
+    xs, ys = zip(*(node[:2] for node in nodes.values()), strict=True)
+    ax.set_xlim(min(xs) - 0.6, max(xs) + 0.6)
+    ax.set_ylim(min(ys) - 0.9, max(ys) + 0.5)
+    return ax
+
+
+def shared_statistics(view, ax=None):
+    """Draw a batch as a table of examples and channels, one channel marked.
+
+    Args:
+        view: ``(N, C, M)``: examples, channels, positions in a channel. Each
+            cell of the table shows its M positions as small squares.
+        ax: axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.gca()
+    examples, channels, positions = view
+    side = math.isqrt(positions)
+    step = 1 / (side + 0.45)
+    for n, c, k in numpy.ndindex(examples, channels, positions):
+        x = c + (k % side + 0.22) * step
+        y = n + (k // side + 0.22) * step
+        color = COLORS["batch"] if c == 1 else "#e2e8f0"
+        square = (x, y), 0.86 * step, 0.86 * step
+        ax.add_patch(plt.Rectangle(*square, fc=color, ec="white"))
+    ax.set(
+        xlim=(0, channels),
+        ylim=(examples, 0),
+        aspect="equal",
+        xticks=numpy.arange(channels) + 0.5,
+        xticklabels=numpy.arange(1, channels + 1),
+        yticks=numpy.arange(examples) + 0.5,
+        yticklabels=numpy.arange(1, examples + 1),
+    )
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def tangent_gradient(xhat, gradient, ax):
+    """Draw a gradient for three examples and what normalization leaves of it.
+
+    Every output of the normalization lies on one circle: where the plane of
+    mean zero meets the sphere of variance one. Only the part of the gradient
+    along that circle comes through.
+
+    Args:
+        xhat: (3,) normalized values: mean 0, mean square 1.
+        gradient: (3,) of the loss with respect to them.
+        ax: three-dimensional axes.
+
+    Returns:
+        The axes.
+    """
+    ones = numpy.ones(3) / math.sqrt(3)
+    along = xhat / numpy.linalg.norm(xhat)
+    third = numpy.cross(ones, along)
+    angle = numpy.linspace(0, 2 * math.pi, 121)
+    circle = math.sqrt(3) * (
+        numpy.outer(numpy.cos(angle), along)
+        + numpy.outer(numpy.sin(angle), third)
+    )
+    ax.plot(*circle.T, color=COLORS["batch"])
+    ax.plot(*zip(-2 * ones, 2 * ones, strict=True), color=COLORS["muted"])
+    ax.text(*(2.15 * ones), "(1, 1, 1)", color=COLORS["none"])
+    ax.plot(*zip(0 * xhat, xhat, strict=True), color=COLORS["muted"])
+    ax.plot(*xhat[:, None], "o", color=COLORS["batch"])
+    ax.text(*(1.06 * xhat - 0.35 * ones), r"$\hat{x}$", fontsize=12)
+    passed = third * (third @ gradient)
+    for arrow, color, name in (
+        (gradient, "none", "$g$"),
+        (passed, "accent", "$Pg$"),
+    ):
+        ax.quiver(*xhat, *arrow, color=COLORS[color], arrow_length_ratio=0.12)
+        ax.text(*(xhat + 1.12 * arrow), name, color=COLORS[color], fontsize=12)
+    ends = numpy.stack([xhat + gradient, xhat + passed])
+    ax.plot(*ends.T, ":", color=COLORS["none"], linewidth=1.2)
+    ax.set_box_aspect((1, 1, 1), zoom=1.45)
+    ax.set_axis_off()
+    return ax
+
+
+def intervals(groups: dict, colors: list[str], ax=None):
+    """Draw every run as a dot, and the mean with its 95 % interval beside.
+
+    The interval is Student's t over the runs.
+
+    Args:
+        groups: label to (runs,) values.
+        colors: one key of :data:`COLORS` a group.
+        ax: axes to draw on.
+
+    Returns:
+        The axes, with a row for each group.
+    """
+    from scipy.stats import t
+
+    ax = ax or plt.gca()
+    for row, (values, color) in enumerate(
+        zip(groups.values(), colors, strict=True)
+    ):
+        values, color = numpy.asarray(values), COLORS[color]
+        error = values.std(ddof=1) / math.sqrt(len(values))
+        half = t.ppf(0.975, len(values) - 1) * error
+        ax.plot(values, 0 * values + row + 0.16, "o", color=color, alpha=0.5)
+        ax.errorbar(
+            values.mean(),
+            row - 0.1,
+            xerr=half,
+            fmt="D",
+            color=color,
+            capsize=3,
+        )
+    ax.set(
+        yticks=range(len(groups)),
+        yticklabels=groups,
+        ylim=(len(groups) - 0.5, -0.5),
+    )
+    return ax
