@@ -28,8 +28,8 @@ NOISE = re.compile(
 FAILED = re.compile(r"Executing notebook failed: (\w+)")
 CELL = re.compile(
     r"An error occurred while executing the following cell:\n"
-    r"-+\n(?P<source>.*?)\n-+\n.*?\n(?P<error>\S*(?:Error|Exception|"
-    r"Interrupt|Exit|Warning)\b[^\n]*)\n",
+    r"-+\n(?P<source>.*?)\n-+\n.*?\n(?P<error>[A-Za-z_.]+(?:Error|"
+    r"Exception|Interrupt|Exit|Warning):[^\n]*)\n",
     re.DOTALL,
 )
 
