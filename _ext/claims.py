@@ -83,18 +83,20 @@ class ClaimLedger(SphinxDirective):
         root = pathlib.Path(self.env.srcdir)
         self.env.note_dependency(str(root / "appendix" / "claims.yml"))
         claims = sorted(read(root), key=lambda claim: claim["id"])
-        lines = summary(claims)
+        lines = []
         for source in SOURCES:
             chosen = [c for c in claims if c["id"].startswith(source)]
             if chosen:
                 lines += table(source, chosen)
+        return self.parsed(summary(claims)) + self.parsed(lines)
+
+    def parsed(self, lines):
+        """Return the nodes of some lines of MyST, which may have titles."""
         box = nodes.section()
         box.document = self.state.document
+        text = StringList(lines, "appendix/claims.yml")
         self.state.nested_parse(
-            StringList(lines, "appendix/claims.yml"),
-            self.content_offset,
-            box,
-            match_titles=True,
+            text, self.content_offset, box, match_titles=True
         )
         return box.children
 
@@ -111,8 +113,8 @@ def badge(number, docname):
         refdoc=docname,
     )
     text = f"settles claim {number}"
-    link += nodes.inline(text, text, classes=["claim-badge"])
-    return link
+    link += nodes.inline(text, text)
+    return nodes.inline("", "", link, classes=["claim-badge"])
 
 
 def mark_cells(app, doctree):
