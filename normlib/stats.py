@@ -24,30 +24,15 @@ class Moments(NamedTuple):
     var: Tensor
 
     @classmethod
-    def of(
-        cls, x: Tensor, axes: Sequence[int], *, centered: bool = True
-    ) -> "Moments":
-        """The moments of x over some axes, which stay with size 1.
+    def of(cls, x: Tensor, axes: Sequence[int]) -> "Moments":
+        """The moments of x (floating point); the axes stay with size 1."""
+        return center(x, axes)[1]
 
-        In two passes: first the mean, then the mean of the squared
-        distances from it. ``E[x^2] - E[x]^2`` would need one pass and lose
-        every digit where the mean is large.
-
-        Args:
-            x: floating point.
-            axes: to average over.
-            centered: where False, the mean is taken to be zero, and ``var``
-                is the mean square.
-        """
-        axes = tuple(axes)
-        count = 1
-        for axis in axes:
-            count = count * x.shape[axis]
-        if not centered:
-            square = x.square().mean(axes, keepdim=True)
-            return cls(count, torch.zeros_like(square), square)
-        mean = x.mean(axes, keepdim=True)
-        return cls(count, mean, (x - mean).square().mean(axes, keepdim=True))
+    @classmethod
+    def about_zero(cls, x: Tensor, axes: Sequence[int]) -> "Moments":
+        """The same with the mean taken to be zero: ``var`` is mean square."""
+        square = x.square().mean(tuple(axes), keepdim=True)
+        return cls(_count(x, axes), torch.zeros_like(square), square)
 
     @property
     def unbiased_var(self) -> Tensor:
@@ -74,6 +59,34 @@ class Moments(NamedTuple):
         within = self.var + (other.var - self.var) * share
         between = delta.square() * (share * (1 - share))
         return Moments(count, mean, within + between)
+
+
+def center(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, Moments]:
+    """Take the mean out of x over some axes; also return the moments.
+
+    In two steps. The mean of far-away values comes out rounded to *their*
+    precision, so what is left after subtracting it still has a mean; that
+    one is small, and goes exactly. For gradients the first step is a shift
+    by a constant: centering undoes any shift. The variance is the mean
+    square of what is left; ``E[x^2] - E[x]^2`` would need one pass and lose
+    every digit where the mean is large.
+
+    Args:
+        x: floating point.
+        axes: to average over.
+
+    Returns:
+        The centered x, and the moments, whose axes stay with size 1.
+    """
+    axes = tuple(axes)
+    shift = x.mean(axes, keepdim=True).detach()
+    x = x - shift
+    rest = x.mean(axes, keepdim=True)
+    x = x - rest
+    # An infinite mean stays infinite: x - shift has made NaN of the rest.
+    mean = torch.where(shift.isinf(), shift, shift + rest)
+    var = x.square().mean(axes, keepdim=True)
+    return x, Moments(_count(x, axes), mean, var)
 
 
 @torch.no_grad()
@@ -105,3 +118,10 @@ def update_running(
         new = new.reshape(running.shape)
         old = running.to(new.dtype)
         running.copy_(old + (new - old) * momentum)
+
+
+def _count(x: Tensor, axes: Sequence[int]) -> int:
+    count = 1
+    for axis in axes:
+        count = count * x.shape[axis]
+    return count

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from normlib.stats import Moments, update_running
+from normlib.stats import Moments, center, update_running
 from normlib.testing import assert_close
 
 
@@ -23,7 +23,7 @@ def test_moments_are_the_mean_and_the_biased_variance():
 
 def test_not_centered_is_the_mean_square():
     x = sample(11, mean=3.0)
-    m = Moments.of(x, [0], centered=False)
+    m = Moments.about_zero(x, [0])
     assert_close(m.var, x.square().mean(0, keepdim=True))
     assert_close(m.mean, torch.zeros(1, 3, dtype=torch.float64))
 
@@ -53,6 +53,20 @@ def test_merging_does_not_care_about_the_order():
 def test_one_value_has_no_unbiased_variance():
     one = Moments.of(sample(1), [0])
     assert not one.unbiased_var.isfinite().any()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, 1e6])
+def test_centering_twice_leaves_no_mean_however_far(mean):
+    x = sample(1000).float() + mean
+    exact = x.double() - x.double().mean(0)
+    assert_close(center(x, [0])[0], exact, tolerance=1e-6)
+
+
+def test_centering_has_the_gradient_of_centering():
+    x = sample(5, mean=3.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: center(x, [0])[0], [x])
+    assert torch.autograd.gradcheck(lambda x: Moments.of(x, [0])[1:], [x])
+    assert torch.autograd.gradgradcheck(lambda x: center(x, [0])[1].var, [x])
 
 
 def test_two_passes_keep_the_digits_that_one_pass_loses():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normlib.axes import View, stat_axes
-from normlib.stats import Moments
+from normlib.stats import Moments, center
 
 
 def available() -> bool:
@@ -40,17 +40,15 @@ def normalize(
         (N, G, 1, 1), or (1, G, 1, 1) where ``over_batch``.
     """
     x4 = widen(x).reshape(view)
-    moments = Moments.of(x4, stat_axes(over_batch), centered=centered)
-    mean = moments.mean if centered else None
+    axes = stat_axes(over_batch)
+    if centered:
+        x4, moments = center(x4, axes)
+    else:
+        moments = Moments.about_zero(x4, axes)
     shape = (1, view.G, view.K, 1)
-    y = affine(
-        x4,
-        mean,
-        moments.var,
-        None if weight is None else weight.reshape(shape),
-        None if bias is None else bias.reshape(shape),
-        eps,
-    )
+    weight = None if weight is None else weight.reshape(shape)
+    bias = None if bias is None else bias.reshape(shape)
+    y = affine(x4, None, moments.var, weight, bias, eps)
     return y.reshape(x.shape).to(x.dtype), moments
 
 
