@@ -1,0 +1,168 @@
+"""The records of the benchmarks: each one complete, and made as they say."""
+
+import datetime
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import nbformat
+import pytest
+
+from benchmarks import chapters
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
+ABOUT = {
+    "kind": str,
+    "device": str,
+    "driver": str | None,
+    "cuda": str | None,
+    "torch": str,
+    "python": str,
+    "platform": str,
+    "threads": int,
+    "commit": str,
+    "dirty": bool,
+    "date": str,
+    "command": str,
+}
+COMPARISON = {
+    "name": str,
+    "device": str,
+    "dtype": str,
+    "difference": float,
+    "tolerance": float,
+}
+
+
+def assert_kinds(told, kinds):
+    assert set(told) == set(kinds)
+    for key, kind in kinds.items():
+        assert isinstance(told[key], kind), key
+
+
+def assert_record(record):
+    assert set(record) == {"provenance", "chapters"}
+    about = record["provenance"]
+    assert_kinds(about, ABOUT)
+    assert about["kind"] in ("cpu", "cuda")
+    assert re.fullmatch(r"[0-9a-f]{40}|unknown", about["commit"])
+    assert datetime.datetime.fromisoformat(about["date"]).tzinfo
+    assert record["chapters"]
+    for ran in record["chapters"].values():
+        assert set(ran) == {"seconds", "cells", "comparisons"}
+        assert 0 <= ran["seconds"] < 600
+        for comparison in ran["comparisons"]:
+            assert_kinds(comparison, COMPARISON)
+            assert comparison["difference"] <= comparison["tolerance"]
+        devices = {c["device"] for c in ran["comparisons"]}
+        if devices:
+            assert about["kind"] in devices
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_committed_record_is_complete_and_from_a_clean_checkout(file):
+    record = json.loads(file.read_text())
+    assert_record(record)
+    assert file.name == chapters.name_of(record["provenance"])
+    assert not record["provenance"]["dirty"]
+    assert record["provenance"]["commit"] != "unknown"
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A book of one chapter, whose cells a test writes."""
+
+    def write(*sources):
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        nbformat.write(notebook, tmp_path / "01_one.ipynb")
+
+    monkeypatch.setattr(chapters, "chapters", lambda: [*tmp_path.glob("*.i*")])
+    monkeypatch.setattr(
+        sys, "argv", ["chapters", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    yield write
+    chapters.testing.use_devices()
+    chapters.testing.comparisons.clear()
+
+
+AGREE = """\
+from normlib.testing import agree, devices
+import torch
+for device in devices():
+    x = torch.ones(3, device=device)
+    agree("ones", x, x + 1e-7)
+"""
+
+
+def test_a_run_leaves_a_complete_record(book, tmp_path, capsys):
+    book("a = 1", AGREE, "a + 1\nassert a == 1")
+    chapters.main()
+    (file,) = tmp_path.glob("chapters-cpu-*.json")
+    record = json.loads(file.read_text())
+    assert_record(record)
+    ran = record["chapters"]["01_one"]
+    assert [c["name"] for c in ran["comparisons"]] == ["ones"]
+    assert 0 < ran["comparisons"][0]["difference"] < 2e-7
+    assert "01_one" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_is_named(book):
+    book("a = 1", "b = 2\na / (b - 2)")
+    with pytest.raises(
+        SystemExit,
+        match=r"01_one.ipynb, code cell 2 of 2 failed: ZeroDivisionError",
+    ):
+        chapters.main()
+
+
+def record_page():
+    """Return the Sphinx extension that shows a record."""
+    path = ROOT / "_ext" / "gpu_record.py"
+    spec = importlib.util.spec_from_file_location("gpu_record", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gpu_record(date, difference):
+    return {
+        "provenance": {
+            "date": date,
+            "device": "NVIDIA X",
+            "torch": "2.11.0",
+            "commit": "0123456789",
+        },
+        "chapters": {
+            "01_one": {
+                "seconds": 12.3,
+                "comparisons": [
+                    {"device": "cpu", "difference": 1.0},
+                    {"device": "cuda", "difference": difference},
+                ],
+            }
+        },
+    }
+
+
+def test_a_chapter_shows_its_latest_gpu_record(tmp_path):
+    page = record_page()
+    for date, difference in [("2026-01-02", 0.02), ("2026-01-01", 0.01)]:
+        record = gpu_record(date, difference)
+        name = f"chapters-cuda-nvidia-x-{date}.json"
+        (tmp_path / name).write_text(json.dumps(record))
+    latest = page.latest(tmp_path, "01_one")
+    shown = page.sentence(latest, "01_one")
+    assert "NVIDIA X on 2026-01-02" in shown
+    assert "made 1 of" in shown
+    assert "2.0e-02" in shown
+
+
+def test_a_chapter_without_a_gpu_record_says_how_to_make_one(tmp_path):
+    page = record_page()
+    shown = page.sentence(page.latest(tmp_path, "01_one"), "01_one")
+    assert "not yet recorded" in shown
+    assert "python -m benchmarks.chapters --device cuda" in shown
