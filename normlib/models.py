@@ -7,6 +7,7 @@ differ only in their slots start from the same weights.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def mlp(
     Chapter 2.
     """
     layers: list[nn.Module] = []
-    for fan_in, width in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for fan_in, width in pairwise(sizes[:-1]):
         linear = nn.Linear(fan_in, width, bias=_keeps_bias(norm, place))
         layers += _block(linear, width, norm, act, place)
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
