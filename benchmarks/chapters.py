@@ -172,8 +172,9 @@ def table(record):
                 for c in ran["comparisons"]
                 if c["device"] == device
             ]
+            largest = max(found, default=0)
             lines.append(
-                f"{name:32} {device:6} {len(found):11d}  {max(found, default=0):7.1e}  "
+                f"{name:32} {device:6} {len(found):11d}  {largest:7.1e}  "
                 f"{ran['seconds']:7.1f}"
             )
     return "\n".join(lines)
