@@ -331,7 +331,7 @@ def intervals(groups: dict, colors: list[str], ax=None):
     return ax
 
 
-def loss_contours(u, v, loss, path=None, ax=None, levels: int = 14):
+def loss_contours(u, v, loss, path, minimum, ax=None):
     """Contours of a loss over two weights, and the path of a descent.
 
     The levels stand closer near the minimum: equal steps in the square root
@@ -341,9 +341,9 @@ def loss_contours(u, v, loss, path=None, ax=None, levels: int = 14):
         u: first weight, a grid of shape (rows, columns).
         v: second weight, likewise.
         loss: the loss on that grid.
-        path: (steps + 1, 2), the points of a descent; none is drawn without.
+        path: (steps + 1, 2), the points of a descent.
+        minimum: where the loss is lowest, two numbers; marked by a cross.
         ax: to draw on; a new one by default.
-        levels: how many contours.
 
     Returns:
         The Axes.
@@ -352,13 +352,12 @@ def loss_contours(u, v, loss, path=None, ax=None, levels: int = 14):
     """
     ax = ax or plt.subplots()[1]
     low, high = loss.min(), loss.max()
-    heights = low + (high - low) * numpy.linspace(0.03, 1, levels) ** 2
+    heights = low + (high - low) * numpy.linspace(0.03, 1, 14) ** 2
     ax.contourf(u, v, loss, heights, cmap="BuGn_r", alpha=0.5, extend="min")
     ax.contour(
         u, v, loss, heights, colors=COLORS["batch"], linewidths=0.7, alpha=0.7
     )
-    if path is not None:
-        ax.plot(*path.T, "o-", color=COLORS["layer"], lw=1.2, ms=2.5)
-        ax.plot(*path[-1], "+", color="black", ms=9, mew=1.6)
+    ax.plot(*path.T, "o-", color=COLORS["layer"], lw=1.2, ms=2.5)
+    ax.plot(*minimum, "+", color="black", ms=9, mew=1.6)
     ax.grid(False)
     return ax
