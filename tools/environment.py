@@ -7,6 +7,7 @@ installation is one call of pip, so that one resolution holds for everything.
 import os
 import subprocess
 import sys
+import threading
 
 OLDEST, TOO_NEW = (3, 11), (3, 14)
 NETWORK = (
@@ -33,6 +34,13 @@ def fail(message):
     sys.exit("normlib: " + message)
 
 
+def tick(ended):
+    """Say every 20 seconds that pip is still at work."""
+    while not ended.wait(20):
+        sys.stdout.write("  ... pip is at work\n")
+        sys.stdout.flush()
+
+
 def install(python, root):
     """Run pip, showing its output; return its status and what it said."""
     command = [
@@ -53,7 +61,8 @@ def install(python, root):
         stderr=subprocess.STDOUT,
         universal_newlines=True,
     )
-    said = []
+    said, ended = [], threading.Event()
+    threading.Thread(target=tick, args=(ended,)).start()
     for line in pip.stdout:
         if line.startswith("WARNING: Location"):
             continue
@@ -61,6 +70,7 @@ def install(python, root):
         sys.stdout.write("  " + line.rstrip()[:110] + "\n")
         sys.stdout.flush()
     pip.stdout.close()
+    ended.set()
     return pip.wait(), "".join(said)
 
 

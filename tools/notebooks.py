@@ -125,14 +125,15 @@ def execute(path):
     """Run one notebook in place; end with one line where a cell fails."""
     notebook = read(path)
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
-    start, done = time.time(), 0
+    name, start, done = path.relative_to(ROOT), time.time(), 0
+    print(f"{name}: {count} cells", end="", flush=True)
 
     def progress(cell, cell_index, **_):
         nonlocal done
         if cell.cell_type == "code":
             done += 1
-            shown = f"{path.relative_to(ROOT)}: cell {done} of {count}"
-            print(f"\r{shown}", end="", flush=True)
+            if sys.stdout.isatty():
+                print(f"\r{name}: cell {done} of {count}", end="", flush=True)
 
     client = nbclient.NotebookClient(
         notebook,
