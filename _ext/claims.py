@@ -49,11 +49,9 @@ def row(claim):
     ]
 
 
-def table(source, claims):
-    """Return the section of one source, as MyST."""
+def table(claims):
+    """Return the table of one source, as MyST."""
     lines = [
-        f"## {source}: {SOURCES[source]}",
-        "",
         "::::{list-table}",
         ":header-rows: 1",
         ":class: ledger",
@@ -65,14 +63,14 @@ def table(source, claims):
     ]
     for claim in claims:
         lines += row(claim)
-    return [*lines, "::::", ""]
+    return [*lines, "::::"]
 
 
 def summary(claims):
     """Return one sentence that counts the verdicts, as MyST."""
     count = collections.Counter(claim["verdict"] for claim in claims)
     parts = ", ".join(f"{count[verdict]} {verdict}" for verdict in BADGES)
-    return [f"Settled so far: {len(claims)} claims ({parts}).", ""]
+    return [f"Settled so far: {len(claims)} claims ({parts})."]
 
 
 class ClaimLedger(SphinxDirective):
@@ -83,21 +81,21 @@ class ClaimLedger(SphinxDirective):
         root = pathlib.Path(self.env.srcdir)
         self.env.note_dependency(str(root / "appendix" / "claims.yml"))
         claims = sorted(read(root), key=lambda claim: claim["id"])
-        lines = []
-        for source in SOURCES:
+        found = self.parsed(summary(claims))
+        for source, name in SOURCES.items():
             chosen = [c for c in claims if c["id"].startswith(source)]
             if chosen:
-                lines += table(source, chosen)
-        return self.parsed(summary(claims)) + self.parsed(lines)
+                section = nodes.section(ids=[f"source-{source}"])
+                section += nodes.title(text=f"{source}: {name}")
+                section += self.parsed(table(chosen))
+                found.append(section)
+        return found
 
     def parsed(self, lines):
-        """Return the nodes of some lines of MyST, which may have titles."""
-        box = nodes.section()
-        box.document = self.state.document
+        """Return the nodes of some lines of MyST."""
+        box = nodes.container()
         text = StringList(lines, "appendix/claims.yml")
-        self.state.nested_parse(
-            text, self.content_offset, box, match_titles=True
-        )
+        self.state.nested_parse(text, self.content_offset, box)
         return box.children
 
 
