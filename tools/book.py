@@ -113,6 +113,17 @@ def failed_notebook(said):
     return describe(path, cell["source"].strip(), cell["error"].strip())
 
 
+def reason(said):
+    """Return one line that says why the book was not built."""
+    warnings = re.findall(r".*WARNING:.*", said)
+    raised = re.findall(r"^[A-Za-z_.]+(?:Error|Exception): .+", said, re.M)
+    if notebook := failed_notebook(said):
+        return notebook
+    if warnings:
+        return f"{len(warnings)} warning(s), the first: {warnings[0].strip()}"
+    return raised[-1] if raised else "its last words are above"
+
+
 def main():
     """Build, and say in the last line what came of it."""
     start = time.time()
@@ -124,13 +135,7 @@ def main():
         return
     # A page that was read with a warning would be silent in the next build.
     shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
-    warnings = [line for line in said.splitlines() if "WARNING:" in line]
-    reason = failed_notebook(said) or (
-        f"{len(warnings)} warning(s), the first: {warnings[0].strip()}"
-        if warnings
-        else "its last words are above"
-    )
-    sys.exit(f"normlib: the book was not built: {reason}")
+    sys.exit(f"normlib: the book was not built: {reason(said)}")
 
 
 if __name__ == "__main__":
