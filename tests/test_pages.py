@@ -266,6 +266,27 @@ def test_a_reader_gets_from_page_to_page(visit):
     assert sorted(seen) == sorted(set(READ) - {"intro.html"})
 
 
+def test_the_contours_react_to_their_sliders(visit):
+    page = visit("chapters/01_logistic_normalization.html")
+    figure = page.locator(".normlib-contours")
+    message, path = figure.locator(".nc-message"), figure.locator(".nc-path")
+    before = path.get_attribute("points")
+
+    figure.locator(".nc-rate").fill("2.1")
+    assert message.get_attribute("data-state") == "bad"
+    assert path.get_attribute("points") != before
+
+    figure.locator(".nc-best").click()
+    assert message.get_attribute("data-state") != "bad"
+    steps = message.inner_text()
+    figure.locator(".nc-notch").fill("50")
+    figure.locator(".nc-best").click()
+    assert message.inner_text() != steps
+
+    figure.locator(".nc-reset").click()
+    assert path.get_attribute("points") == before
+
+
 def test_a_claim_leads_to_its_cell_and_back(visit):
     page = visit("appendix/claims.html")
     link = page.locator("table.ledger a.reference").first
