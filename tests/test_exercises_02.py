@@ -34,7 +34,8 @@ class Recipe:
 
     def __init__(self, units, momentum=0.99):
         self.momentum = momentum
-        self.scale, self.offset = torch.ones(units), torch.zeros(units)
+        self.scale = torch.ones(units, requires_grad=True)
+        self.offset = torch.zeros(units, requires_grad=True)
         self.moving_mean = torch.zeros(units)
         self.moving_variance = torch.ones(units)
 

@@ -211,14 +211,13 @@ def _array(value, shape) -> numpy.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
     array = numpy.asarray(value, dtype=numpy.float64)
-    assert array.shape == shape, (
-        f"expected the shape {shape}, got {array.shape}"
-    )
+    fits = shape is None or array.shape == shape
+    assert fits, f"expected the shape {shape}, got {array.shape}"
     return array
 
 
 def _says(what: str, got, wanted, where: str) -> None:
-    got, wanted = numpy.asarray(got), numpy.asarray(wanted)
+    got, wanted = (_array(value, None) for value in (got, wanted))
     assert numpy.isfinite(got).all(), f"{what}: NaN or infinity ({where})"
     gap = numpy.abs(got - wanted)
     tolerance = 1e-5 * max(1.0, numpy.abs(wanted).max())
