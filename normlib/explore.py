@@ -185,7 +185,7 @@ html[data-theme=dark] .normlib-contours,
 --nc-fill:#14b8a6;--nc-path:#fbbf24;--nc-bad:#f87171;--nc-text:#e2e8f0;
 --nc-muted:#94a3b8;--nc-box:#475569;--nc-back:#0f172a}
 html[data-theme=dark] .bd-content div.cell_output
-.text_html:has(.normlib-contours){background:none;color:inherit;padding:0}
+.text_html:has(.normlib-contours){background:none!important;padding:0}
 .normlib-contours svg{display:block;width:100%;height:auto;
 background:var(--nc-back);border:1px solid var(--nc-box);border-radius:6px;
 overflow:hidden}
