@@ -16,6 +16,10 @@ ready := $(VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 export PYTHONUNBUFFERED := 1
+# The networks of the chapters are too small to gain from threads, and lose
+# much where other processes use the same cores.
+export OMP_NUM_THREADS ?= 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: book serve test notebooks lint lock clean help

@@ -4,10 +4,15 @@ jupyter-cache knows a notebook by its own code, so that an edit of the
 package would show stale outputs. This extension keeps a fingerprint of the
 package and of the libraries under it beside the cache. When it differs, the
 cache is emptied and every page that runs code is read again.
+
+The kernels compute on one thread each unless told otherwise: the networks of
+the chapters are too small to gain from more, and lose much where other
+processes use the same cores.
 """
 
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import shutil
@@ -62,6 +67,7 @@ def read_again(app, env, added, changed, removed):
 
 def setup(app):
     """Connect the two halves; both cost a few milliseconds."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     app.add_config_value("normlib_fingerprint", "", "")
     app.connect("config-inited", empty_stale_cache)
     app.connect("env-get-outdated", read_again)

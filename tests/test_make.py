@@ -129,6 +129,26 @@ def test_a_failing_build_names_notebook_cell_and_exception(failing):
     assert re.fullmatch(LINE, book.failed_notebook(said))
 
 
+SHORT = "# Too far\n1 / a"
+LONG = "['# Too far', '1 / a']\n...\n['more', 'and more']"
+
+
+@pytest.mark.parametrize("preview", [SHORT, LONG])
+def test_a_cell_that_takes_too_long_is_named(failing, preview):
+    rule = "-------------------"
+    said = (
+        f"WARNING: {failing}: Executing notebook failed: CellTimeoutError\n"
+        "A cell timed out while it was being executed, after 300 seconds.\n"
+        "The message was: Cell execution timed out.\n"
+        f"Here is a preview of the cell contents:\n{rule}\n{preview}\n{rule}\n"
+    )
+    assert re.fullmatch(
+        r"one.ipynb failed in code cell 2 of 2 \('# Too far'\): "
+        r"A cell timed out .* after 300 seconds.",
+        book.failed_notebook(said),
+    )
+
+
 def test_the_ci_runs_the_same_and_never_skips_the_browser():
     script = (ROOT / ".ci" / "run").read_text()
     assert "exec make test" in script

@@ -5,6 +5,7 @@ during long silences, and ends with one line: where the pages are, or which
 notebook failed in which cell.
 """
 
+import ast
 import json
 import pathlib
 import queue
@@ -30,6 +31,13 @@ CELL = re.compile(
     r"An error occurred while executing the following cell:\n"
     r"-+\n(?P<source>.*?)\n-+\n.*?\n(?P<error>[A-Za-z_.]+(?:Error|"
     r"Exception|Interrupt|Exit|Warning):[^\n]*)\n",
+    re.DOTALL,
+)
+
+
+SLOW = re.compile(
+    r"(A cell timed out [^\n]*)\n.*?preview of the cell contents:\n-+\n"
+    r"(.*?)\n-+\n",
     re.DOTALL,
 )
 
@@ -107,10 +115,23 @@ def failed_notebook(said):
     path = next(
         (p for p in map(pathlib.Path, reversed(names)) if p.exists()), None
     )
-    cell = CELL.search(said, at)
-    if path is None or cell is None:
+    if path is None:
         return "a notebook failed; its traceback is above"
-    return describe(path, cell["source"].strip(), cell["error"].strip())
+    if slow := SLOW.search(said, at):
+        return describe(path, whole(path, slow[2]), slow[1])
+    if cell := CELL.search(said, at):
+        return describe(path, cell["source"].strip(), cell["error"].strip())
+    return f"{path.relative_to(ROOT)} failed; its traceback is above"
+
+
+def whole(path, preview):
+    """Return the cell that a timeout shows, a long one by its first lines."""
+    if not preview.startswith("["):
+        return preview.strip()
+    shown = ast.literal_eval(preview.splitlines()[0])
+    cells = (source.strip() for source in code_cells(path))
+    start = "\n".join(shown)
+    return next((cell for cell in cells if cell.startswith(start)), "")
 
 
 def reason(said):
