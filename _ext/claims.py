@@ -110,8 +110,7 @@ def badge(number, docname):
         refwarn=True,
         refdoc=docname,
     )
-    text = f"settles claim {number}"
-    link += nodes.inline(text, text)
+    link += nodes.inline(number, number)
     return nodes.inline("", "", link, classes=["claim-badge"])
 
 
@@ -127,7 +126,8 @@ def mark_cells(app, doctree):
         ]
         if not found:
             continue
-        line = nodes.paragraph(classes=["claim-badges"])
+        words = "settles claims" if len(found) > 1 else "settles claim"
+        line = nodes.paragraph(words, words, classes=["claim-badges"])
         for match in found:
             anchor, number = match.groups()
             cell["ids"].append(anchor)
