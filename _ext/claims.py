@@ -1,9 +1,9 @@
 """The ledger of claims, and the cells that settle them.
 
-``{claim-ledger}`` shows ``appendix/claims.yml`` as a table for each source. A
-notebook cell with the tag ``claim-000-06`` becomes the anchor of that name
-and carries a badge that leads to the row ``ledger-000-06``; the row leads
-back to the cell. A row without its cell, or a tag without its row, is a link
+``{claim-ledger}`` shows ``appendix/claims.yml`` as a table for each source.
+Above a notebook cell with the tag ``claim-000-06`` stands a badge, the anchor
+of that name, which leads to the row ``ledger-000-06``; the row leads back to
+the cell. A row without its cell, or a tag without its row, is a link
 without a target, and so a warning.
 """
 
@@ -115,10 +115,13 @@ def badge(number, docname):
 
 
 def mark_cells(app, doctree):
-    """Make tagged cells the anchors of their claims, with a badge each."""
+    """Put a line of badges, which bears the anchors, before tagged cells.
+
+    Before and not into the cell: what is inside may be folded.
+    """
     docname = app.env.docname
     labels = app.env.get_domain("std").anonlabels
-    for cell in doctree.findall(nodes.container):
+    for cell in list(doctree.findall(nodes.container)):
         found = [
             match
             for match in map(TAG.fullmatch, cell.get("classes", []))
@@ -130,10 +133,10 @@ def mark_cells(app, doctree):
         line = nodes.paragraph(words, words, classes=["claim-badges"])
         for match in found:
             anchor, number = match.groups()
-            cell["ids"].append(anchor)
+            line["ids"].append(anchor)
             labels[anchor] = (docname, anchor)
             line += badge(number, docname)
-        cell.insert(0, line)
+        cell.parent.insert(cell.parent.index(cell), line)
 
 
 def setup(app):
