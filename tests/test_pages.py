@@ -241,6 +241,11 @@ def test_every_image_is_shown_and_described(visited):
         assert loaded, source
 
 
+def test_the_claims_that_a_cell_settles_are_in_sight(visited):
+    badges = visited.locator(".claim-badge").all()
+    assert all(badge.is_visible() for badge in badges)
+
+
 def test_search_finds_a_page_and_marks_the_way_there(visit):
     page = visit("search.html?q=standardization")
     found = page.locator("#search-results li a")
@@ -293,7 +298,8 @@ def test_a_claim_leads_to_its_cell_and_back(visit):
     number = link.inner_text()
     link.click()
     page.wait_for_url(f"**#claim-{number}")
-    page.locator(f"#claim-{number} .claim-badge a", has_text=number).click()
+    assert page.locator(f"#claim-{number}").is_visible()
+    page.locator(".claim-badge a", has_text=number).click()
     page.wait_for_url(f"**#ledger-{number}")
 
 
