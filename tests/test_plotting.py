@@ -39,3 +39,54 @@ def test_loss_contours_draws_where_it_is_told():
     grid = numpy.meshgrid(numpy.arange(3.0), numpy.arange(3.0))
     args = (*grid, grid[0] + grid[1], numpy.zeros((1, 2)), (0, 0))
     assert plotting.loss_contours(*args, ax=axes[1]) is axes[1]
+
+
+def test_spread_draws_every_run_and_their_mean():
+    runs = numpy.array([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
+    ax = plotting.spread([1, 2, 3], runs, "two runs", "batch")
+    mean, *dots = ax.lines
+    numpy.testing.assert_array_equal(mean.get_ydata(), [2, 2, 4])
+    assert mean.get_label() == "two runs"
+    for run, dot in zip(runs, dots, strict=True):
+        numpy.testing.assert_array_equal(dot.get_ydata(), run)
+
+
+def test_computation_graph_shows_each_box_and_arrow():
+    nodes = {"x": (0, 0, "X", "note"), "y": (2, 1, "Y", "")}
+    ax = plotting.computation_graph(nodes, [("x", "y")])
+    texts = [text.get_text() for text in ax.texts]
+    assert {"X", "Y", "note"} <= set(texts)
+    arrows = [t for t in ax.texts if getattr(t, "arrow_patch", None)]
+    assert len(arrows) == 1
+
+
+def test_shared_statistics_marks_one_channel_of_every_example():
+    ax = plotting.shared_statistics((3, 4, 9))
+    colors = [patch.get_facecolor() for patch in ax.patches]
+    marked = matplotlib.colors.to_rgba(plotting.COLORS["batch"])
+    assert len(colors) == 3 * 4 * 9
+    assert colors.count(marked) == 3 * 9
+
+
+def test_tangent_gradient_keeps_to_the_circle():
+    xhat = numpy.array([1.0, -1.0, 0.0]) * numpy.sqrt(1.5)
+    axes = matplotlib.pyplot.figure().add_subplot(projection="3d")
+    ax = plotting.tangent_gradient(xhat, numpy.array([1.0, 2.0, 4.0]), axes)
+    circle = numpy.stack(ax.lines[0].get_data_3d())
+    numpy.testing.assert_allclose(circle.sum(0), 0, atol=1e-12)
+    numpy.testing.assert_allclose((circle**2).mean(0), 1)
+    ends = numpy.stack(ax.lines[-1].get_data_3d())
+    passed = ends[:, 1] - xhat
+    numpy.testing.assert_allclose([passed.sum(), passed @ xhat], 0, atol=1e-9)
+
+
+def test_intervals_shows_students_interval_for_every_group():
+    values = numpy.array([1.0, 2.0, 3.0, 4.0])
+    ax = plotting.intervals({"a": values, "b": values + 1}, ["batch", "layer"])
+    numpy.testing.assert_array_equal(ax.lines[0].get_xdata(), values)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    (low, high), *_ = ax.collections[0].get_segments()
+    half = 3.1824 * values.std(ddof=1) / 2  # t for 95 % and 3 degrees
+    numpy.testing.assert_allclose(
+        [low[0], high[0]], [2.5 - half, 2.5 + half], rtol=1e-4
+    )
