@@ -6,14 +6,14 @@ chosen. :func:`batch_norm` has the signature of
 :func:`batch_normalization` are TensorFlow's pair from ``tf.nn``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from normlib import backends
 from normlib.axes import View, channel_view
-from normlib.backends.eager import affine, widen
+from normlib.backends.eager import affine, restore, settle, widen
 from normlib.stats import Moments, update_running
 
 
@@ -103,7 +103,7 @@ def batch_norm(
         RuntimeError: sizes or dtypes that do not match; evaluation without
             running statistics.
 
-    A call that raises leaves the running statistics as they were.
+    A call that refuses its input leaves the running statistics as they were.
     Ioffe & Szegedy (2015). Chapter 2.
     """
     _check_batch_norm(
@@ -111,14 +111,14 @@ def batch_norm(
     )
     view = channel_view(input.shape)
     if not training:
-        shape = (1, view.G, 1, 1)
         parts = (running_mean, running_var, weight, bias)
+        shape = (1, view.G, 1, 1)
         y = affine(
-            widen(input).reshape(view),
+            widen(settle(input)).reshape(view),
             *(p if p is None else widen(p).reshape(shape) for p in parts),
             eps,
         )
-        return y.reshape(input.shape).to(input.dtype)
+        return restore(y, input)
     y, batch = _normalize(input, view, weight, bias, eps, True, True)
     if running_mean is not None:
         update_running(running_mean, running_var, batch, momentum)
@@ -136,7 +136,7 @@ def moments(
     Args:
         x: floating point. float16 and bfloat16 are summed in float32.
         axes: to average over, such as ``[0]`` for (N, C) or ``[0, 1, 2]``
-            for (N, H, W, C).
+            for (N, H, W, C). Over no axes each value is its own mean.
         shift: accepted and not used, as in TensorFlow.
         keepdims: whether the axes stay, with size 1.
 
@@ -149,7 +149,9 @@ def moments(
     Chapter 2.
     """
     _check_floating("moments", x)
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    if not axes:  # each value is its own mean
+        return x.clone(), torch.zeros_like(x)
     found = Moments.of(widen(x), axes)
     both = (found.mean, found.var)
     if not keepdims:
@@ -195,9 +197,12 @@ def batch_normalization(
             "batch_normalization variance_epsilon must be non-negative, "
             f"but got {variance_epsilon}"
         )
-    return affine(
-        widen(x), mean, variance, scale, offset, variance_epsilon
-    ).to(x.dtype)
+    parts = (x, mean, variance, scale, offset)
+    wide = (widen(p) if isinstance(p, Tensor) else p for p in parts)
+    return affine(*wide, variance_epsilon).to(x.dtype)
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _normalize(x, view, weight, bias, eps, over_batch, centered):
@@ -265,10 +270,10 @@ def _check_batch_norm(
 
 
 def _check_floating(function: str, x: Tensor) -> None:
-    if not x.is_floating_point():
+    if x.dtype not in _DTYPES:
         raise NotImplementedError(
             f'"{function}" not implemented for {x.dtype}: '
-            "the input must be floating point"
+            f"the input must be one of {', '.join(map(str, _DTYPES))}"
         )
 
 

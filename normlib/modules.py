@@ -39,8 +39,8 @@ class BatchNorm(Module):
     Raises:
         ValueError: in ``forward``, for an input of another rank, or one
             value per channel in training; for the rest see
-            :func:`normlib.functional.batch_norm`. The buffers are as before
-            after a call that raised.
+            :func:`normlib.functional.batch_norm`. A call that refuses its
+            input leaves the buffers as they were.
 
     Ioffe & Szegedy (2015). Chapter 2.
     """
@@ -140,7 +140,7 @@ class BatchNorm(Module):
     def _next_momentum(self) -> float | Tensor:
         if self.momentum is not None:
             return self.momentum
-        if self.num_batches_tracked is None:
+        if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
         # At least 32 bits: a bfloat16 cannot count past 256.
         dtype = torch.promote_types(self.running_mean.dtype, torch.float32)

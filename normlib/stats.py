@@ -111,13 +111,13 @@ def update_running(
     """
     if batch.count == 0:
         return
-    for running, new in (
-        (running_mean, batch.mean),
-        (running_var, batch.unbiased_var),
-    ):
-        new = new.reshape(running.shape)
-        old = running.to(new.dtype)
-        running.copy_(old + (new - old) * momentum)
+    pairs = ((running_mean, batch.mean), (running_var, batch.unbiased_var))
+    moved = [
+        new.reshape(old.shape) * momentum + old.to(new.dtype) * (1 - momentum)
+        for old, new in pairs
+    ]
+    running_mean.copy_(moved[0])
+    running_var.copy_(moved[1])
 
 
 def _count(x: Tensor, axes: Sequence[int]) -> int:

@@ -54,15 +54,20 @@ def devices() -> list[str]:
     return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def assert_close(actual, expected, *, tolerance: float | None = None) -> float:
+def assert_close(
+    actual, expected, *, tolerance: float | None = None, floor: float = 1.0
+) -> float:
     """Assert that two tensors, arrays or (nested) sequences are the same.
 
     Args:
         actual: tensor, array, number, or a sequence of these.
-        expected: the same structure. Shapes must match exactly. NaN equals
-            NaN, and an infinity equals the same infinity.
+        expected: the same structure. Shapes must match exactly, dtypes need
+            not. NaN equals NaN, and an infinity equals the same infinity.
         tolerance: share of the largest expected magnitude; by default
             :data:`TOLERANCE` of the coarser of the two dtypes.
+        floor: the least magnitude that counts. With 1, the default, values
+            far below 1 are compared absolutely; with 0 they are not, and
+            rounding noise does not equal zero.
 
     Returns:
         The largest difference, as a share of that magnitude.
@@ -71,21 +76,14 @@ def assert_close(actual, expected, *, tolerance: float | None = None) -> float:
         AssertionError: with the shapes, or the largest difference and the
             tolerance.
     """
-    if isinstance(actual, (list, tuple)):
-        assert len(actual) == len(expected), (len(actual), len(expected))
-        pairs = zip(actual, expected, strict=True)
-        found = [assert_close(a, e, tolerance=tolerance) for a, e in pairs]
-        return max(found, default=0.0)
-    a, e = _tensor(actual), _tensor(expected)
-    assert a.shape == e.shape, f"shapes {tuple(a.shape)}, {tuple(e.shape)}"
-    if tolerance is None:
-        tolerance = max(_tolerance(a), _tolerance(e))
-    difference = _difference(a.double().cpu(), e.double().cpu())
-    assert difference <= tolerance, (
-        f"largest difference {difference:.3g} exceeds {tolerance:.3g} "
-        f"(shape {tuple(a.shape)}, {a.dtype})"
-    )
-    return difference
+    gaps = _gaps(actual, expected, tolerance, floor)
+    for gap in gaps:
+        assert gap.difference <= gap.tolerance, (
+            f"largest difference {gap.difference:.3g} exceeds "
+            f"{gap.tolerance:.3g} (shape {tuple(gap.actual.shape)}, "
+            f"{gap.actual.dtype})"
+        )
+    return max((gap.difference for gap in gaps), default=0.0)
 
 
 def agree(name: str, ours, theirs, *, tolerance: float | None = None) -> None:
@@ -99,21 +97,23 @@ def agree(name: str, ours, theirs, *, tolerance: float | None = None) -> None:
 
     Raises:
         AssertionError: where they differ, with the name.
+        ValueError: where there is nothing to compare.
     """
     try:
-        difference = assert_close(ours, theirs, tolerance=tolerance)
+        assert_close(ours, theirs, tolerance=tolerance)
     except AssertionError as error:
         raise AssertionError(f"{name}: {error}") from None
-    first = _tensor(_first(ours))
-    if tolerance is None:
-        tolerance = max(_tolerance(first), _tolerance(_tensor(_first(theirs))))
+    gaps = _gaps(ours, theirs, tolerance, 1.0)
+    if not gaps:
+        raise ValueError(f"{name}: nothing to compare")
+    worst = max(gaps, key=lambda gap: gap.difference / (gap.tolerance or 1.0))
     comparisons.append(
         Comparison(
             name,
-            first.device.type,
-            str(first.dtype).removeprefix("torch."),
-            difference,
-            tolerance,
+            worst.actual.device.type,
+            str(worst.actual.dtype).removeprefix("torch."),
+            worst.difference,
+            worst.tolerance,
         )
     )
 
@@ -127,28 +127,39 @@ def show_source(obj) -> None:
     print(inspect.getsource(obj).rstrip())
 
 
+class _Gap(NamedTuple):
+    actual: torch.Tensor
+    difference: float
+    tolerance: float
+
+
+def _gaps(actual, expected, tolerance, floor) -> list[_Gap]:
+    if isinstance(actual, (list, tuple)):
+        assert len(actual) == len(expected), (len(actual), len(expected))
+        pairs = zip(actual, expected, strict=True)
+        found = [_gaps(a, e, tolerance, floor) for a, e in pairs]
+        return [gap for gaps in found for gap in gaps]
+    a, e = _tensor(actual), _tensor(expected)
+    assert a.shape == e.shape, f"shapes {tuple(a.shape)}, {tuple(e.shape)}"
+    if tolerance is None:
+        tolerance = max(TOLERANCE.get(x.dtype, 0.0) for x in (a, e))
+    difference = _difference(a.double().cpu(), e.double().cpu(), floor)
+    return [_Gap(a, difference, tolerance)]
+
+
 def _tensor(value) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    return torch.from_numpy(numpy.array(value))
+    if not isinstance(value, torch.Tensor):
+        value = torch.from_numpy(numpy.array(value))
+    assert not value.is_complex(), "complex values are not compared"
+    return value.detach()
 
 
-def _first(value):
-    while isinstance(value, (list, tuple)):
-        value = value[0]
-    return value
-
-
-def _tolerance(x: torch.Tensor) -> float:
-    return TOLERANCE.get(x.dtype, 0.0)
-
-
-def _difference(a: torch.Tensor, e: torch.Tensor) -> float:
+def _difference(a: torch.Tensor, e: torch.Tensor, floor: float) -> float:
     same = (a == e) | (a.isnan() & e.isnan())
     if same.all():
         return 0.0
     gap = (a - e).abs().masked_fill(same, 0.0)
     finite = e[e.isfinite()].abs()
-    scale = max(1.0, finite.max().item() if finite.numel() else 1.0)
-    largest = gap.max().item() / scale
-    return float("inf") if math.isnan(largest) else largest
+    scale = max(floor, finite.max().item() if finite.numel() else floor)
+    largest = gap.max().item() / scale if scale else math.inf
+    return math.inf if math.isnan(largest) else largest

@@ -56,6 +56,15 @@ def test_forcing_ends_with_its_block_also_after_an_error():
     assert backends._forced is None
 
 
+def test_an_inner_block_gives_back_to_the_outer(monkeypatch):
+    table = {"fake": fake(True, []), "eager": backends.eager}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    with backends.use_backend("fake"):
+        with backends.use_backend("eager"):
+            assert backends._forced == "eager"
+        assert backends._forced == "fake"
+
+
 def test_an_unknown_backend_is_named():
     with (
         pytest.raises(ValueError, match=r"'abacus'.*eager"),

@@ -8,7 +8,7 @@ from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normlib import backends, functional
+from normlib import backends, functional, reference
 from normlib.axes import View, channel_view
 from normlib.reference import normalize_backward
 from normlib.testing import TOLERANCE, assert_close
@@ -149,7 +149,7 @@ def test_batch_norm_of_one_instance_is_instance_norm():
 
 
 def both(x, rm=None, rv=None, w=None, b=None, **kwargs):
-    """Ours and torch's batch_norm on copies; value or type of the error."""
+    """Ours and torch's batch_norm on copies; the values, or the error."""
     results = []
     for f in (functional.batch_norm, F.batch_norm):
         running = [None if r is None else r.clone() for r in (rm, rv)]
@@ -157,6 +157,9 @@ def both(x, rm=None, rv=None, w=None, b=None, **kwargs):
             y = f(x, *running, w, b, **kwargs)
             results.append((y, *(r for r in running if r is not None)))
         except Exception as error:
+            before = [r for r in (rm, rv) if r is not None]
+            after = [r for r in running if r is not None]
+            error.untouched = all(map(torch.equal, before, after))
             results.append(error)
     return results
 
@@ -170,6 +173,15 @@ BAD = {
     "bias too short": ((X, ZERO, ONE, ONE, ZERO[:2]), {"training": True}),
     "running too long": ((X, torch.zeros(4), ONE), {"training": True}),
     "running too short": ((X, ZERO, ONE[:2]), {}),
+    "running too short in training": (
+        (X, ZERO, ONE[:2]),
+        {"training": True},
+    ),
+    "running of another dtype": (
+        (X, ZERO, ONE.double()),
+        {"training": True},
+    ),
+    "eight bits": ((X.to(torch.float8_e5m2), ZERO, ONE), {}),
     "one running mean": ((X, ZERO, None), {"training": True}),
     "one running var": ((X, None, ONE), {"training": True}),
     "evaluation without statistics": ((X,), {}),
@@ -198,12 +210,10 @@ BAD = {
 
 @pytest.mark.parametrize(("args", "kwargs"), BAD.values(), ids=BAD.keys())
 def test_bad_input_raises_what_torch_raises(args, kwargs):
-    before = [a.clone() for a in args[1:3] if a is not None]
     ours, theirs = both(*args, **kwargs)
     assert isinstance(theirs, Exception), "torch accepts this"
     assert isinstance(ours, type(theirs)), (repr(ours), repr(theirs))
-    after = [a for a in args[1:3] if a is not None]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert ours.untouched
 
 
 @pytest.mark.parametrize(
@@ -277,3 +287,75 @@ def test_eps_larger_than_the_variance_shrinks_the_output():
     y = functional.batch_norm(x, None, None, training=True, eps=1e-5)
     s2 = x.var(0, correction=0)
     assert_close(y.var(0, correction=0), s2 / (s2 + 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_computed_in_thirty_two(case, dtype):
+    """The result is the float32 one, rounded once."""
+    x, weight, bias, _ = (
+        None if p is None else p.to(dtype) for p in draw(case)
+    )
+    y, *stats = functional.normalize(x, case.view, weight, bias, **case.kind)
+    wide = functional.normalize(
+        x.float(),
+        case.view,
+        weight.float(),
+        None if bias is None else bias.float(),
+        **case.kind,
+    )
+    assert torch.equal(y, wide[0].to(dtype))
+    assert all(map(torch.equal, stats, wide[1:]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batch_norm_of_sixteen_bits_is_rounded_once(training, dtype):
+    parts = [torch.randn(4, 3, 5), 3 * torch.rand(3), 3 * torch.rand(3)]
+    parts = [p.to(dtype) for p in (*parts, torch.randn(3), torch.randn(3))]
+    y = functional.batch_norm(*parts, training)
+    wide = functional.batch_norm(*(p.float() for p in parts), training)
+    assert y.dtype == dtype
+    if not training:
+        assert torch.equal(y, wide.to(dtype))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", ["weight", "bias", "neither"])
+def test_weight_and_bias_are_independent(given, training):
+    w = torch.randn(3) if given == "weight" else None
+    b = torch.randn(3) if given == "bias" else None
+    assert_close(*both(X, ZERO, ONE, w, b, training=training))
+
+
+def test_evaluation_takes_an_eps_of_zero():
+    assert_close(*both(X, ZERO, 2 * ONE, eps=0.0))
+
+
+def test_two_values_a_channel_are_enough():
+    assert_close(*both(X[:2, :, 0], ZERO, ONE, training=True))
+
+
+def test_the_returned_statistics_carry_their_gradient():
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    _, mean, var = functional.normalize(
+        x, channel_view(x.shape), over_batch=True
+    )
+    (dmean,) = torch.autograd.grad(mean.sum(), x, retain_graph=True)
+    (dvar,) = torch.autograd.grad(var.sum(), x)
+    assert_close(dmean, torch.full_like(x, 1 / 6))
+    assert_close(dvar, 2 / 6 * (x - x.mean(0)))
+
+
+def test_every_default_eps_is_torchs():
+    x = torch.randn(2, 3, 4, dtype=torch.float64) * 1e-3
+    pairs = {
+        "batch_norm": ((), F.batch_norm(x, None, None, training=True)),
+        "instance_norm": ((), F.instance_norm(x)),
+        "group_norm": ((3,), F.group_norm(x, 3)),
+        "layer_norm": (((4,),), F.layer_norm(x, (4,))),
+    }
+    for name, (args, expected) in pairs.items():
+        ours, _ = getattr(reference, name)(x.numpy(), *args)
+        assert_close(ours, expected)
+    view = channel_view(x.shape)
+    assert_close(functional.normalize(x, view)[0], F.instance_norm(x))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from devices import DEVICES
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import normlib
 from normlib.testing import assert_close
@@ -23,6 +24,7 @@ CONFIGS = {
     "defaults": {},
     "eps": {"eps": 0.3},
     "momentum 1": {"momentum": 1.0},
+    "momentum 0": {"momentum": 0.0},
     "cumulative": {"momentum": None},
     "no affine": {"affine": False},
     "no bias": {"bias": False},
@@ -62,6 +64,14 @@ def draw(shape, seed=0, dtype=torch.float32, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1
     return x.to(device, dtype)
+
+
+def assert_same(actual, expected, tolerance=None):
+    """As close as the dtype allows, and of one dtype and layout."""
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.is_contiguous() == b.is_contiguous()
+        assert_close(a, b, tolerance=tolerance)
 
 
 def outcome(module, x, dy):
@@ -113,26 +123,49 @@ def test_state_goes_both_ways(layer, config):
     )
 
 
-def test_a_checkpoint_of_version_one_has_no_counter():
-    ours, theirs = pair("BatchNorm1d")
+@pytest.mark.parametrize("version", [None, 1])
+def test_a_checkpoint_of_version_one_has_no_counter(version):
+    ours, theirs = (torch.nn.Sequential(m) for m in pair("BatchNorm1d"))
     state = theirs.state_dict()
-    del state["num_batches_tracked"]
-    del state._metadata
+    del state["0.num_batches_tracked"]
+    if version is None:
+        del state._metadata
+    else:
+        state._metadata["0"]["version"] = version
+    ours(draw((6, 3)))
     ours.load_state_dict(state, strict=True)
-    assert ours.num_batches_tracked == 0
-    assert state.keys() == {"weight", "bias", "running_mean", "running_var"}
+    theirs(draw((6, 3)))
+    theirs.load_state_dict(state, strict=True)
+    assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked
+    assert ours[0].num_batches_tracked.dtype == torch.long
 
 
-def test_a_missing_key_is_reported_as_torch_does():
+def test_the_state_says_its_version():
+    ours, theirs = pair("BatchNorm1d")
+    metadata = theirs.state_dict()._metadata
+    assert ours.state_dict()._metadata == metadata
+
+
+@pytest.mark.parametrize("key", ["running_mean", "num_batches_tracked"])
+def test_a_missing_key_is_reported_as_torch_does(key):
     ours, theirs = pair("BatchNorm1d")
     state = theirs.state_dict()
-    del state["running_mean"]
+    del state[key]
     messages = []
     for module in (ours, theirs):
         with pytest.raises(RuntimeError) as error:
             module.load_state_dict(state)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+def test_repr_follows_the_attributes():
+    ours, theirs = pair("BatchNorm1d")
+    for module in (ours, theirs):
+        module.affine = False
+        module.track_running_stats = False
+        module.num_features = 7
+    assert repr(ours) == repr(theirs)
 
 
 # The arithmetic.
@@ -152,10 +185,12 @@ def test_three_steps_then_evaluation(layer, config, dtype, device):
         dy = draw(shape, 10 + step, dtype, device)
         ours.train()
         theirs.train()
-        assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
+        counter = ours.num_batches_tracked
+        assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
+        assert ours.num_batches_tracked is counter  # moved in place
         ours.eval()
         theirs.eval()
-        assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
+        assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -163,9 +198,10 @@ def test_sixteen_bit_input_with_float32_parameters(layer, dtype):
     name, shape = layer
     ours, theirs = pair(name)
     x, dy = draw(shape, 0, dtype), draw(shape, 1, dtype)
-    for a, b in zip(outcome(ours, x, dy), outcome(theirs, x, dy), strict=True):
-        assert a.dtype == b.dtype
-        assert_close(a, b, tolerance=1e-2)
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        assert_same(outcome(ours, x, dy), outcome(theirs, x, dy), 1e-2)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -176,6 +212,34 @@ def test_tracking_switched_off_after_construction(training):
         module.track_running_stats = False
         module.train(training)
     assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_taken_away_after_construction(momentum):
+    ours, theirs = pair("BatchNorm1d", momentum=momentum)
+    x, dy = draw((6, 3)), draw((6, 3), 1)
+    for module in (ours, theirs):
+        module.running_mean = module.running_var = None
+    assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
+    for module in (ours, theirs):
+        module.eval()
+    assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
+
+
+@pytest.mark.parametrize("momentum", [1.0, None])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_a_first_batch_far_from_variance_one_is_not_lost(momentum, scale):
+    """The old variance of 1 must leave no rounding error behind."""
+    ours, theirs = (
+        lib.BatchNorm1d(3, momentum=momentum, eps=1e-12)
+        for lib in (normlib, torch.nn)
+    )
+    x = draw((50, 3)) * scale
+    ours(x)
+    theirs(x)
+    assert_close(ours.running_var, theirs.running_var, floor=0.0)
+    assert_close(ours.running_mean, theirs.running_mean, floor=0.0)
+    assert_close(ours.eval()(x), theirs.eval()(x))
 
 
 def test_frozen_statistics_in_a_training_model():
@@ -271,9 +335,35 @@ def test_channels_last_in_channels_last_out(
 )
 def test_any_strides_give_torchs_values(view):
     ours, theirs = pair("BatchNorm2d")
-    x = view(draw((4, 3, 5, 6)))
-    assert_close(ours(x), theirs(x))
-    assert_close(list(ours.buffers()), list(theirs.buffers()))
+    x, dy = view(draw((4, 3, 5, 6))), view(draw((4, 3, 5, 6), 1))
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        a, b = outcome(ours, x, dy), outcome(theirs, x, dy)
+        assert_same(a[:1], b[:1])
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_output_is_the_callers_to_change_in_place(training, dtype):
+    """No view: ``out += skip`` must work wherever torch.nn's output does."""
+    ours, theirs = (
+        m.train(training) for m in pair("BatchNorm2d", dtype=dtype)
+    )
+    x, skip = (draw((4, 3, 5, 2), seed, dtype) for seed in (0, 1))
+    results = []
+    for module in (ours, theirs):
+        assert not module(x)._is_view()
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(module, leaf, use_reentrant=True)
+        out += skip
+        out.relu_().pow(2).sum().backward()
+        with torch.no_grad():
+            frozen = module(x)
+        frozen.mul_(module.weight.reshape(3, 1, 1))
+        results.append([out, leaf.grad, frozen])
+    assert_same(*results)
 
 
 # Errors, and what they leave behind.

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy
 import pytest
 import torch
 
@@ -92,6 +93,41 @@ def test_a_number_for_the_axes_is_one_axis():
 def test_both_axes_give_one_number_for_everything():
     mean, _ = moments(torch.randn(4, 3), [0, 1])
     assert mean.shape == ()
+
+
+def test_over_no_axes_each_value_is_its_own_mean():
+    """As TensorFlow 2.21 does, where torch's mean would take all axes."""
+    x = torch.randn(2, 2)
+    mean, variance = moments(x, [])
+    assert torch.equal(mean, x)
+    assert not variance.any()
+
+
+def test_an_integer_of_numpy_is_an_axis():
+    x = torch.randn(4, 3)
+    assert_close(moments(x, numpy.int64(1)), moments(x, [1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_computed_in_thirty_two(dtype):
+    x = (torch.randn(64, 3) * 30 + 200).to(dtype)
+    pair = moments(x, [0])
+    wide = moments(x.float(), [0])
+    assert all(p.dtype == dtype for p in pair)
+    pairs = zip(pair, wide, strict=True)
+    assert all(torch.equal(p, w.to(dtype)) for p, w in pairs)
+        torch.equal(p, w.to(dtype)) for p, w in zip(pair, wide, strict=True)
+    )
+    parts = [torch.tensor(v).to(dtype) for v in (1.0, 6e4, 0.5, 300.0)]
+    y = batch_normalization(x, *parts, 1e4)
+    wide = batch_normalization(x.float(), *(p.float() for p in parts), 1e4)
+    assert torch.equal(y, wide.to(dtype))
+
+
+def test_an_epsilon_of_zero_is_taken():
+    x = torch.tensor([1.0, 3.0])
+    y = batch_normalization(x, *moments(x, [0]), None, None, 0.0)
+    assert_close(y, torch.tensor([-1.0, 1.0]))
 
 
 def test_bad_input_is_refused():

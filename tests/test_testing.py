@@ -33,6 +33,43 @@ def test_shapes_must_be_the_same():
         testing.assert_close(torch.zeros(1, 3), torch.zeros(3))
 
 
+def test_the_difference_is_a_share_of_the_expected_magnitude():
+    found = testing.assert_close([110.0, 0.0], [100.0, 0.0], tolerance=0.2)
+    assert found == pytest.approx(0.1)
+    found = testing.assert_close(
+        numpy.array([0.2]), 0.1 * numpy.ones(1), tolerance=0.2
+    )
+    assert found == pytest.approx(0.1)
+
+
+def test_without_a_floor_small_values_are_compared_as_shares():
+    testing.assert_close(1e-6, 2e-6, tolerance=1e-5)
+    with pytest.raises(AssertionError):
+        testing.assert_close(1e-6, 2e-6, tolerance=1e-5, floor=0.0)
+    testing.assert_close(0.0, 0.0, floor=0.0)
+    with pytest.raises(AssertionError):
+        testing.assert_close(1e-30, 0.0, floor=0.0)
+
+
+def test_complex_values_are_not_compared():
+    with pytest.raises(AssertionError, match="complex"):
+        testing.assert_close(torch.tensor([1j]), torch.tensor([1j]))
+
+
+def test_the_worst_of_a_sequence_is_recorded(monkeypatch):
+    monkeypatch.setattr(testing, "comparisons", [])
+    exact, coarse = torch.ones(2).double(), torch.ones(2).bfloat16()
+    testing.agree("both", [exact, 1.01 * coarse], [exact, coarse])
+    (found,) = testing.comparisons
+    assert found.dtype == "bfloat16"
+    assert 0.005 < found.difference <= found.tolerance == 3e-2
+
+
+def test_nothing_does_not_agree_with_nothing():
+    with pytest.raises(ValueError, match="dx: nothing"):
+        testing.agree("dx", [], [])
+
+
 def test_sequences_must_be_of_one_length():
     with pytest.raises(AssertionError):
         testing.assert_close([1.0], [1.0, 1.0])

@@ -39,7 +39,7 @@ def normalize(
         y in the shape and dtype of x, and the moments with shape
         (N, G, 1, 1), or (1, G, 1, 1) where ``over_batch``.
     """
-    x4 = widen(x).reshape(view)
+    x4 = widen(settle(x)).reshape(view)
     axes = stat_axes(over_batch)
     if centered:
         x4, moments = center(x4, axes)
@@ -49,7 +49,7 @@ def normalize(
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
     y = affine(x4, None, moments.var, weight, bias, eps)
-    return y.reshape(x.shape).to(x.dtype), moments
+    return restore(y, x), moments
 
 
 def affine(
@@ -76,3 +76,21 @@ def widen(x: Tensor) -> Tensor:
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.float() if half else x
+
+
+def settle(x: Tensor) -> Tensor:
+    """Make x contiguous, unless it is so already with its channels last.
+
+    As torch's own norms do, so that the output's layout is theirs too.
+    """
+    channels_last = x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
+    return x if channels_last or x.is_contiguous() else x.contiguous()
+
+
+def restore(y: Tensor, x: Tensor) -> Tensor:
+    """Give y, freshly computed in another shape, the shape and dtype of x.
+
+    Not by an ordinary view: autograd would tie the caller's in-place
+    operations on the output to a base that nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(y, x.shape).to(x.dtype)
