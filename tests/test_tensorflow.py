@@ -116,8 +116,6 @@ def test_sixteen_bits_are_computed_in_thirty_two(dtype):
     assert all(p.dtype == dtype for p in pair)
     pairs = zip(pair, wide, strict=True)
     assert all(torch.equal(p, w.to(dtype)) for p, w in pairs)
-        torch.equal(p, w.to(dtype)) for p, w in zip(pair, wide, strict=True)
-    )
     parts = [torch.tensor(v).to(dtype) for v in (1.0, 6e4, 0.5, 300.0)]
     y = batch_normalization(x, *parts, 1e4)
     wide = batch_normalization(x.float(), *(p.float() for p in parts), 1e4)
