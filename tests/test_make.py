@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from tools import book, environment, notebooks, serve
+from tools import book, browser, environment, notebooks, serve
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -146,6 +146,25 @@ def test_a_cell_that_takes_too_long_is_named(failing, preview):
         r"one.ipynb failed in code cell 2 of 2 \('# Too far'\): "
         r"A cell timed out .* after 300 seconds.",
         book.failed_notebook(said),
+    )
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_a_missing_browser_is_installed_or_its_absence_told(
+    monkeypatch, capsys, user
+):
+    tried = []
+    monkeypatch.setattr(browser, "find", lambda: None)
+    monkeypatch.setattr(browser.os, "geteuid", lambda: user)
+    monkeypatch.setattr(browser.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        browser.subprocess, "run", lambda way, **_: tried.append(way[0])
+    )
+    browser.main()
+    assert ("apt-get" in tried) == (user == 0)
+    assert tried[-1] == sys.executable
+    assert (
+        "browser for the tests of the pages: none" in capsys.readouterr().out
     )
 
 
