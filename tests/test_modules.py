@@ -330,8 +330,9 @@ def test_channels_last_in_channels_last_out(
         lambda x: x.flip(0)[:, :, ::2],
         lambda x: x[:1].expand(4, -1, -1, -1),
         lambda x: x.transpose(0, 1)[:3].transpose(0, 1),
+        lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     ],
-    ids=["transposed", "strided", "expanded", "channel slice"],
+    ids=["transposed", "strided", "expanded", "channel slice", "batch last"],
 )
 def test_any_strides_give_torchs_values(view):
     ours, theirs = pair("BatchNorm2d")
@@ -342,6 +343,12 @@ def test_any_strides_give_torchs_values(view):
         a, b = outcome(ours, x, dy), outcome(theirs, x, dy)
         assert_same(a[:1], b[:1])
         assert_close(a, b)
+
+
+def test_a_sequence_with_features_last_comes_out_contiguous():
+    for module in pair("BatchNorm1d"):
+        y = module(draw((6, 5, 3)).transpose(1, 2))
+        assert y.view(6, -1).shape == (6, 15)
 
 
 @pytest.mark.parametrize("training", [True, False])
