@@ -21,7 +21,7 @@ class BatchNorm(Module):
     in evaluation, the running statistics.
 
     Args:
-        num_features: C.
+        num_features: the number of channels, C.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics; None for
             the cumulative average over all batches so far.
