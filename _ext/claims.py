@@ -15,6 +15,7 @@ import yaml
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx import addnodes
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 TAG = re.compile(r"tag_(claim-(\d{3}-\d{2}[a-z]?))")
@@ -30,7 +31,14 @@ BADGES = {"correct": "success", "qualified": "warning", "wrong": "danger"}
 
 def read(root):
     """Return the rows of the ledger's data file."""
-    return yaml.safe_load((root / "appendix" / "claims.yml").read_text()) or []
+    text = (root / "appendix" / "claims.yml").read_text("utf-8")
+    try:
+        return yaml.safe_load(text) or []
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ExtensionError(
+            f"appendix/claims.yml, line {line}: {error.problem}"
+        ) from error
 
 
 def row(claim):
