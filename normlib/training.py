@@ -17,7 +17,7 @@ class History:
     Attributes:
         loss: training loss of each step, before the step was taken. A run
             that diverged ends with its first loss that is not finite.
-        accuracy: share of the test set that is classified rightly at the
+        accuracy: share of the test set that is classified correctly at the
             end, in evaluation mode. A network whose scores are NaN names the
             same class for everything, so a diverged run scores about chance.
     """
@@ -98,7 +98,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of examples classified rightly, in evaluation mode.
+    """Share of examples classified correctly, in evaluation mode.
 
     Args:
         model: maps ``(N, features)`` to ``(N, classes)`` scores; its mode is

@@ -13,7 +13,7 @@ _EPS = (1e-5, 1e-2, 0.5)
 
 @exercise(
     "ch2-repair",
-    "Each of the four lines has a slip. Which mean belongs into the first "
+    "Each of the four lines has a slip. Which mean belongs in the first "
     "two, and does the first even give a mean?",
     "What does the normalized column's standard deviation have to be, and "
     "which power of the variance gives that? Then ask what gamma scales.",
