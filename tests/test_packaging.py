@@ -119,3 +119,11 @@ def test_another_address_replaces_every_form_of_the_old_one():
     assert "a/b" not in moved
     assert moved.count("c/d") == 3
     assert "c.github.io/d" in moved
+
+
+def test_the_example_of_the_readme_runs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["mean"].shape == (16,)
