@@ -174,7 +174,7 @@ class BatchNorm(Module):
 
 
 class BatchNorm1d(BatchNorm):
-    """:class:`BatchNorm` of (N, C) or (N, C, L), as torch.nn.BatchNorm1d.
+    """Take (N, C) or (N, C, L), as :class:`torch.nn.BatchNorm1d` does.
 
     Chapter 2.
     """
@@ -184,7 +184,7 @@ class BatchNorm1d(BatchNorm):
 
 
 class BatchNorm2d(BatchNorm):
-    """:class:`BatchNorm` of (N, C, H, W), as torch.nn.BatchNorm2d.
+    """Take (N, C, H, W), as :class:`torch.nn.BatchNorm2d` does.
 
     Chapter 2.
     """
@@ -194,7 +194,7 @@ class BatchNorm2d(BatchNorm):
 
 
 class BatchNorm3d(BatchNorm):
-    """:class:`BatchNorm` of (N, C, D, H, W), as torch.nn.BatchNorm3d.
+    """Take (N, C, D, H, W), as :class:`torch.nn.BatchNorm3d` does.
 
     Chapter 2.
     """
