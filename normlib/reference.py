@@ -50,7 +50,13 @@ def normalize(
 
     Returns:
         y in the shape of x, and the cache for :func:`normalize_backward`.
+
+    Raises:
+        ValueError: eps is negative; the view, the weight or the bias does
+            not fit x.
     """
+    if eps < 0:
+        raise ValueError(f"normalize eps must be non-negative, but got {eps}")
     x4 = numpy.asarray(x, dtype=numpy.float64).reshape(view)
     axes = stat_axes(over_batch)
     if centered:

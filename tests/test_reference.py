@@ -90,3 +90,13 @@ def test_weights_must_fit_the_view():
         reference.normalize(
             numpy.zeros((2, 6)), channel_view((2, 6)), numpy.ones(5)
         )
+
+
+def test_a_negative_eps_is_refused():
+    with pytest.raises(ValueError, match=r"-0\.5"):
+        reference.batch_norm(numpy.zeros((2, 6)), eps=-0.5)
+
+
+def test_a_view_must_hold_the_values():
+    with pytest.raises(ValueError, match="size 10"):
+        reference.normalize(numpy.zeros((2, 5)), channel_view((2, 6)))
