@@ -183,3 +183,20 @@ def test_the_normal_form_drops_what_changes_from_run_to_run(failing):
     assert "iopub" not in text
     assert "3.11.4" not in text
     assert notebooks.normal(nbformat.reads(text, as_version=4)) == text
+
+
+def test_the_pieces_of_a_stream_are_joined_and_nothing_else():
+    def stream(name, text):
+        return {"output_type": "stream", "name": name, "text": text}
+
+    image = {"output_type": "display_data", "data": {}, "metadata": {}}
+    outputs = [stream("stdout", "a\n"), stream("stdout", "b\n"), image, image]
+    outputs += [stream("stderr", "c\n"), stream("stdout", "d\n")]
+    joined = notebooks.merged(outputs)
+    assert [o.get("text") for o in joined] == [
+        "a\nb\n",
+        None,
+        None,
+        "c\n",
+        "d\n",
+    ]

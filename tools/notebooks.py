@@ -96,7 +96,21 @@ def normal(notebook):
     for cell in notebook["cells"]:
         if "setup" in cell["metadata"].get("tags", []):
             cell["source"] = setup_cell()
+        if "outputs" in cell:
+            cell["outputs"] = merged(cell["outputs"])
     return nbformat.writes(nbformat.from_dict(notebook)) + "\n"
+
+
+def merged(outputs):
+    """Join neighbouring pieces of one stream: how many there are is chance."""
+    joined = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if output.get("name") == before.get("name", ""):
+            before["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
 
 
 def read(path):
