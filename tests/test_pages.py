@@ -210,6 +210,11 @@ def test_the_pages_are_built(built):
     assert len(READ) > 1
 
 
+def test_the_first_page_finds_its_icon(built):
+    """It only redirects and names none, so browsers ask the root for it."""
+    assert (PAGES / "favicon.ico").is_file()
+
+
 def test_a_page_asks_only_its_own_server_and_complains_of_nothing(any_page):
     assert any_page.complaints == []
 
