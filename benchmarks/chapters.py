@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 from normlib import testing  # noqa: E402
+from tools.book import code_cells  # noqa: E402
 
 
 class ChapterError(Exception):
@@ -42,12 +43,6 @@ class ChapterError(Exception):
 def chapters(folder=ROOT / "chapters"):
     """Return the paths of the chapters, in their order."""
     return sorted(folder.glob("*.ipynb"))
-
-
-def code_cells(path):
-    """Return the sources of a notebook's code cells."""
-    cells = json.loads(path.read_text("utf-8"))["cells"]
-    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
 
 
 def run_cell(source, name, namespace):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normlib import backends
 from normlib.axes import View, channel_view
-from normlib.backends.eager import affine, restore, settle, widen
+from normlib.backends.eager import HALF, affine, restore, settle, widen
 from normlib.stats import Moments, update_running
 
 
@@ -202,7 +202,7 @@ def batch_normalization(
     return affine(*wide, variance_epsilon).to(x.dtype)
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, torch.float32, *HALF)
 
 
 def _normalize(x, view, weight, bias, eps, over_batch, centered):
@@ -220,14 +220,8 @@ def _check_batch_norm(
             f"batch_norm takes (N, C, ...), at least 2 axes; got shape {shape}"
         )
     _check_floating("batch_norm", x)
-    missing = [
-        name
-        for name, running in (
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-        )
-        if running is None
-    ]
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    missing = [name for name, p in statistics.items() if p is None]
     if training:
         if len(missing) == 1:
             raise ValueError(
@@ -253,15 +247,11 @@ def _check_batch_norm(
     _check_parameters(
         x,
         shape[1],
-        running_mean=running_mean,
-        running_var=running_var,
+        **statistics,
         weight=weight,
         bias=bias,
     )
-    for name, running in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
+    for name, running in statistics.items():
         if training and running is not None and running.requires_grad:
             raise RuntimeError(
                 f"{name} is updated in place and has no gradient, "
@@ -287,7 +277,6 @@ def _check_view(x: Tensor, view: View) -> None:
 
 
 def _check_parameters(x: Tensor, size: int, **parameters) -> None:
-    half = x.dtype in (torch.float16, torch.bfloat16)
     given = {k: p for k, p in parameters.items() if p is not None}
     for name, p in given.items():
         if p.numel() != size:
@@ -296,7 +285,7 @@ def _check_parameters(x: Tensor, size: int, **parameters) -> None:
                 f"(input of shape {tuple(x.shape)})"
             )
     dtypes = {p.dtype for p in given.values()}
-    allowed = {x.dtype, torch.float32} if half else {x.dtype}
+    allowed = {x.dtype, torch.float32} if x.dtype in HALF else {x.dtype}
     if len(dtypes) > 1 or not dtypes <= allowed:
         raise RuntimeError(
             f"mixed dtype: parameters of an input of {x.dtype} must all be "

@@ -12,6 +12,9 @@ from torch import Tensor
 from normlib.axes import View, stat_axes
 from normlib.stats import Moments, center
 
+HALF = (torch.float16, torch.bfloat16)
+"""The dtypes that are computed in float32."""
+
 
 def available() -> bool:
     """Always."""
@@ -74,8 +77,7 @@ def widen(x: Tensor) -> Tensor:
     Statistics are never taken in 16 bits: their sums would overflow
     (float16) or stop growing (bfloat16).
     """
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half else x
+    return x.float() if x.dtype in HALF else x
 
 
 def settle(x: Tensor) -> Tensor:
