@@ -1,15 +1,28 @@
 """Every normalization is one formula over a different set of axes.
 
 Layers with the constructors, keys and errors of torch.nn:
-:class:`BatchNorm` for any rank, :class:`BatchNorm1d`, :class:`BatchNorm2d`
-and :class:`BatchNorm3d`. The same as functions: :mod:`normlib.functional`.
-The mathematics in NumPy, with the gradients by hand:
-:mod:`normlib.reference`.
+:class:`BatchNorm1d`, :class:`BatchNorm2d` and :class:`BatchNorm3d`, and
+:class:`BatchNorm` for any rank; :class:`InstanceNorm1d`,
+:class:`InstanceNorm2d`, :class:`InstanceNorm3d`, :class:`GroupNorm`,
+:class:`LayerNorm`, :class:`RMSNorm`. The same as functions:
+:mod:`normlib.functional`. The mathematics in NumPy, with the gradients by
+hand: :mod:`normlib.reference`.
 """
 
 from normlib import axes, backends, functional, reference, stats
 from normlib.backends import use_backend
-from normlib.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normlib.modules import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 
 __version__ = "0.1.0"
 
@@ -18,6 +31,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
     "axes",
     "backends",
     "functional",

@@ -1,19 +1,22 @@
 """The norms as functions on PyTorch tensors.
 
-:func:`normalize` is the one formula, and the one place where a backend is
-chosen. :func:`batch_norm` has the signature of
-:func:`torch.nn.functional.batch_norm`. :func:`moments` and
-:func:`batch_normalization` are TensorFlow's pair from ``tf.nn``.
+:func:`normalize` is the one formula. The five norms are the same with the
+signatures of :mod:`torch.nn.functional`; each sees its input as
+(N, G, K, M) and leaves the choice of a backend to :mod:`normlib.backends`.
+Where none of ours is faster, torch's own kernel is called. :func:`moments`
+and :func:`batch_normalization` are TensorFlow's pair from ``tf.nn``.
 """
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normlib import backends
-from normlib.axes import View, channel_view
-from normlib.backends.eager import HALF, affine, restore, settle, widen
+from normlib.axes import View, channel_view, trailing_view
+from normlib.backends.eager import HALF, affine, widen
 from normlib.stats import Moments, update_running
 
 
@@ -55,13 +58,23 @@ def normalize(
     Chapter 2.
     """
     _check_floating("normalize", x)
-    if eps < 0.0:
-        raise ValueError(f"normalize eps must be non-negative, but got {eps}")
+    _check_eps("normalize", eps)
     _check_view(x, view)
-    _check_parameters(x, view.G * view.K, weight=weight, bias=bias)
-    y, moments = _normalize(x, view, weight, bias, eps, over_batch, centered)
+    _check_sizes(x, view.G * view.K, weight=weight, bias=bias)
+    _check_dtypes(x, weight=weight, bias=bias)
+    y, found = _normalize(
+        x,
+        view,
+        weight,
+        bias,
+        eps,
+        over_batch=over_batch,
+        centered=centered,
+        moments=True,
+        formula=True,
+    )
     shape = (view.G,) if over_batch else (view.N, view.G)
-    return y, moments.mean.reshape(shape), moments.var.reshape(shape)
+    return y, found.mean.reshape(shape), found.var.reshape(shape)
 
 
 def batch_norm(
@@ -106,23 +119,260 @@ def batch_norm(
     A call that refuses its input leaves the running statistics as they were.
     Ioffe & Szegedy (2015). Chapter 2.
     """
-    _check_batch_norm(
-        input, running_mean, running_var, weight, bias, training, eps
-    )
-    view = channel_view(input.shape)
-    if not training:
-        parts = (running_mean, running_var, weight, bias)
-        shape = (1, view.G, 1, 1)
-        y = affine(
-            widen(settle(input)).reshape(view),
-            *(p if p is None else widen(p).reshape(shape) for p in parts),
+    formula = isinstance(momentum, Tensor)  # torch's kernel takes a number
+    if backends.considers(input) or formula:
+        _check_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
             eps,
         )
-        return restore(y, input)
-    y, batch = _normalize(input, view, weight, bias, eps, True, True)
-    if running_mean is not None:
-        update_running(running_mean, running_var, batch, momentum)
-    return y
+        found = _normalize(
+            input,
+            channel_view(input.shape),
+            weight,
+            bias,
+            eps,
+            over_batch=True,
+            given=None if training else (running_mean, running_var),
+            moments=running_mean is not None,
+            formula=formula,
+        )
+        if found is not None:
+            y, batch = found
+            if training and running_mean is not None:
+                update_running(running_mean, running_var, batch, momentum)
+            return y
+    if not training and _makes_graph(input, weight):
+        # torch's backward reads them again; by then they may have moved.
+        running_mean, running_var = _cloned(running_mean, running_var)
+    return _torchs(
+        F.batch_norm,
+        _check_batch_norm,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+    )
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each channel of each instance over its positions.
+
+    Where running statistics are given and the input's are used, they move
+    towards the instances' averages in place: of the means, and of the
+    unbiased variances.
+
+    Args:
+        input: (N, C, ...) with more than one position, floating point.
+        running_mean: (C,), or None.
+        running_var: (C,), or None; both or neither.
+        weight: scale, (C,), or None. float32 for a 16-bit input, or else of
+            the input's dtype, like the other three.
+        bias: shift, (C,), or None.
+        use_input_stats: where False, normalize by the running statistics.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        y in the shape and dtype of the input.
+
+    Raises:
+        NotImplementedError: the input is not floating point.
+        ValueError: one value per statistic; negative eps; one running
+            statistic.
+        RuntimeError: sizes or dtypes that do not match; no running
+            statistics where they are to be used.
+
+    Ulyanov, Vedaldi & Lempitsky (2016). Chapter 5.
+    """
+    _check_eps("instance_norm", eps)
+    if backends.considers(input):
+        _check_instance_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+        )
+        found = _normalize(
+            input,
+            channel_view(input.shape),
+            weight,
+            bias,
+            eps,
+            given=None if use_input_stats else (running_mean, running_var),
+            moments=running_mean is not None,
+        )
+        if found is not None:
+            y, each = found
+            if use_input_stats and running_mean is not None:
+                batch = Moments(
+                    each.count, each.mean.mean(0), each.var.mean(0)
+                )
+                update_running(running_mean, running_var, batch, momentum)
+            return y
+    return _torchs(
+        F.instance_norm,
+        _check_instance_norm,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+    )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each group of channels of each instance.
+
+    Args:
+        input: (N, C) or (N, C, ...), floating point.
+        num_groups: G, a divisor of C; neighbouring channels form a group.
+        weight: scale, (C,), or None. float32 for a 16-bit input, or else of
+            the input's dtype, like the bias.
+        bias: shift, (C,), or None.
+        eps: added to the variance.
+
+    Returns:
+        y in the shape and dtype of the input.
+
+    Raises:
+        NotImplementedError: the input is not floating point.
+        ValueError: one value in all; negative eps.
+        RuntimeError: fewer than two axes, G does not divide C, sizes or
+            dtypes that do not match.
+
+    Wu & He (2018). Chapter 5.
+    """
+    _check_eps("group_norm", eps)
+    if backends.considers(input):
+        _check_group_norm(input, num_groups, weight, bias, eps)
+        view = channel_view(input.shape, num_groups)
+        found = _normalize(input, view, weight, bias, eps)
+        if found is not None:
+            return found[0]
+    return _torchs(
+        F.group_norm, _check_group_norm, input, num_groups, weight, bias, eps
+    )
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each vector (or block) of the trailing axes by itself.
+
+    Args:
+        input: (..., D), where D may be several axes; floating point.
+        normalized_shape: the sizes of these axes.
+        weight: scale, of shape ``normalized_shape``, or None. float32 for a
+            16-bit input, or else of the input's dtype, like the bias.
+        bias: shift, likewise.
+        eps: added to the variance.
+
+    Returns:
+        y in the shape and dtype of the input.
+
+    Raises:
+        NotImplementedError: the input is not floating point.
+        ValueError: negative eps.
+        RuntimeError: shapes or dtypes that do not match.
+
+    Ba, Kiros & Hinton (2016). Chapter 5.
+    """
+    _check_eps("layer_norm", eps)
+    if backends.considers(input):
+        _check_layer_norm(input, normalized_shape, weight, bias, eps)
+        view = trailing_view(input.shape, normalized_shape)
+        found = _normalize(input, view, weight, bias, eps)
+        if found is not None:
+            return found[0]
+    return _torchs(
+        F.layer_norm,
+        _check_layer_norm,
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+    )
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Divide each vector (or block) of the trailing axes by its size.
+
+    ``y = x / sqrt(mean(x^2) + eps) * weight``: layer norm without the mean
+    and without a shift.
+
+    Args:
+        input: (..., D), where D may be several axes; floating point.
+        normalized_shape: the sizes of these axes.
+        weight: scale, of shape ``normalized_shape``, or None.
+        eps: added to the mean square; by default the spacing of the
+            numbers at 1 in the dtype of the arithmetic, which is float32
+            for a 16-bit input.
+
+    Returns:
+        y in the shape and dtype of the input.
+
+    Raises:
+        NotImplementedError: the input is not floating point.
+        ValueError: negative eps.
+        RuntimeError: shapes that do not match.
+
+    Zhang & Sennrich (2019). Chapter 5.
+    """
+    if eps is not None:
+        _check_eps("rms_norm", eps)
+    if backends.considers(input):
+        _check_rms_norm(input, normalized_shape, weight, eps)
+        view = trailing_view(input.shape, normalized_shape)
+        width = torch.float32 if input.dtype in HALF else input.dtype
+        least = torch.finfo(width).eps if eps is None else eps
+        found = _normalize(input, view, weight, None, least, centered=False)
+        if found is not None:
+            return found[0]
+    return _torchs(
+        F.rms_norm, _check_rms_norm, input, normalized_shape, weight, eps
+    )
 
 
 def moments(
@@ -205,14 +455,66 @@ def batch_normalization(
 _DTYPES = (torch.float64, torch.float32, *HALF)
 
 
-def _normalize(x, view, weight, bias, eps, over_batch, centered):
-    kind = {"over_batch": over_batch, "centered": centered}
-    backend = backends.pick(x, view, weight, bias, **kind)
-    return backend.normalize(x, view, weight, bias, eps, **kind)
+def _normalize(
+    x,
+    view,
+    weight,
+    bias,
+    eps,
+    *,
+    over_batch=False,
+    centered=True,
+    given=None,
+    moments=False,
+    formula=False,
+):
+    """Let a backend do it: y and the moments, None where torch's is best.
+
+    ``given`` are a mean and a variance to normalize by, in place of the
+    input's. With ``formula`` the formula takes the place of torch's kernel.
+    """
+    backend = backends.eager if formula else None
+    if backends.considers(x):
+        kind = {"over_batch": over_batch, "centered": centered}
+        picked = backends.pick(x, view, weight, bias, given=given, **kind)
+        backend = picked or backend
+    if backend is None:
+        return None
+    if given is not None:
+        return backend.evaluate(x, view, *given, weight, bias, eps), None
+    return backend.normalize(
+        x,
+        view,
+        weight,
+        bias,
+        eps,
+        over_batch=over_batch,
+        centered=centered,
+        moments=moments,
+    )
+
+
+def _torchs(function, check, *args):
+    """Call torch's kernel; where it refuses, say why in our words first."""
+    try:
+        return function(*args)
+    except Exception:
+        check(*args)
+        raise
+
+
+def _makes_graph(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
+def _cloned(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.clone() for t in tensors]
 
 
 def _check_batch_norm(
-    x, running_mean, running_var, weight, bias, training, eps
+    x, running_mean, running_var, weight, bias, training, momentum, eps
 ):
     shape = tuple(x.shape)
     if len(shape) < 2:
@@ -220,39 +522,100 @@ def _check_batch_norm(
             f"batch_norm takes (N, C, ...), at least 2 axes; got shape {shape}"
         )
     _check_floating("batch_norm", x)
-    statistics = {"running_mean": running_mean, "running_var": running_var}
-    missing = [name for name, p in statistics.items() if p is None]
-    if training:
-        if len(missing) == 1:
-            raise ValueError(
-                "running_mean and running_var must either both be None or "
-                f"neither be None; {missing[0]} is None"
-            )
-        if channel_view(shape).count(over_batch=True) == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, "
-                f"got input size {shape}"
-            )
-        if eps <= 0.0:
-            raise ValueError(
-                "batch_norm eps must be positive during training, "
-                f"but got {eps}"
-            )
-    elif missing:
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_running(running, moved=training)
+    if training and channel_view(shape).count(over_batch=True) == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got input size {shape}"
+        )
+    if training and eps <= 0.0:
+        raise ValueError(
+            f"batch_norm eps must be positive during training, but got {eps}"
+        )
+    _check_eps("batch_norm", eps)
+    _check_sizes(x, shape[1], **running, weight=weight, bias=bias)
+    _check_dtypes(x, **running, weight=weight, bias=bias)
+
+
+def _check_instance_norm(
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+):
+    shape = tuple(x.shape)
+    if use_input_stats and (len(shape) < 3 or prod(shape[2:]) == 1):
+        raise ValueError(
+            "Expected more than 1 spatial element when training: "
+            "instance_norm takes (N, C, ...) with more than one position, "
+            f"got input size {shape}"
+        )
+    _check_floating("instance_norm", x)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_running(running, moved=use_input_stats)
+    _check_sizes(x, shape[1], **running, weight=weight, bias=bias)
+    _check_dtypes(x, **running, weight=weight, bias=bias)
+
+
+def _check_group_norm(x, num_groups, weight, bias, eps):
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        raise RuntimeError(
+            f"group_norm takes (N, C, ...), at least 2 axes; got shape {shape}"
+        )
+    if num_groups <= 0 or shape[1] % num_groups:
+        raise RuntimeError(
+            f"num_channels={shape[1]} is not divisible by "
+            f"num_groups={num_groups} (input of shape {shape})"
+        )
+    if shape[0] * shape[1] // num_groups * prod(shape[2:]) == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got input size {shape} with num_groups={num_groups}"
+        )
+    _check_floating("group_norm", x)
+    _check_shapes(x, (shape[1],), weight=weight, bias=bias)
+    _check_dtypes(x, weight=weight, bias=bias)
+
+
+def _check_layer_norm(x, normalized_shape, weight, bias, eps):
+    _check_trailing("layer_norm", x, normalized_shape)
+    _check_shapes(x, tuple(normalized_shape), weight=weight, bias=bias)
+    _check_dtypes(x, weight=weight, bias=bias)
+
+
+def _check_rms_norm(x, normalized_shape, weight, eps):
+    _check_trailing("rms_norm", x, normalized_shape)
+    _check_shapes(x, tuple(normalized_shape), weight=weight)
+
+
+def _check_trailing(function: str, x: Tensor, normalized_shape) -> None:
+    try:
+        trailing_view(x.shape, normalized_shape)
+    except ValueError as error:
+        raise RuntimeError(
+            f"Given normalized_shape={tuple(normalized_shape)}, "
+            f"{function} {error}"
+        ) from None
+    _check_floating(function, x)
+
+
+def _check_eps(function: str, eps: float) -> None:
+    if eps < 0.0:
+        raise ValueError(f"{function} eps must be non-negative, but got {eps}")
+
+
+def _check_running(running: dict[str, Tensor | None], *, moved: bool) -> None:
+    missing = [name for name, r in running.items() if r is None]
+    if not moved and missing:
         raise RuntimeError(
             f"{missing[0]} must be defined in evaluation mode; it is None"
         )
-    elif eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    _check_parameters(
-        x,
-        shape[1],
-        **statistics,
-        weight=weight,
-        bias=bias,
-    )
-    for name, running in statistics.items():
-        if training and running is not None and running.requires_grad:
+    if len(missing) == 1:
+        raise ValueError(
+            "running_mean and running_var must either both be None or "
+            f"neither be None; {missing[0]} is None"
+        )
+    for name, r in running.items():
+        if moved and r is not None and r.requires_grad:
             raise RuntimeError(
                 f"{name} is updated in place and has no gradient, "
                 "but requires_grad is True"
@@ -276,19 +639,31 @@ def _check_view(x: Tensor, view: View) -> None:
         )
 
 
-def _check_parameters(x: Tensor, size: int, **parameters) -> None:
-    given = {k: p for k, p in parameters.items() if p is not None}
-    for name, p in given.items():
-        if p.numel() != size:
+def _check_shapes(x: Tensor, shape: tuple[int, ...], **parameters) -> None:
+    for name, p in parameters.items():
+        if p is not None and p.shape != shape:
+            raise RuntimeError(
+                f"{name} should have shape {shape}, got {tuple(p.shape)} "
+                f"(input of shape {tuple(x.shape)})"
+            )
+
+
+def _check_sizes(x: Tensor, size: int, **parameters) -> None:
+    for name, p in parameters.items():
+        if p is not None and p.numel() != size:
             raise RuntimeError(
                 f"{name} should contain {size} elements not {p.numel()} "
                 f"(input of shape {tuple(x.shape)})"
             )
-    dtypes = {p.dtype for p in given.values()}
+
+
+def _check_dtypes(x: Tensor, **parameters) -> None:
+    given = {k: p.dtype for k, p in parameters.items() if p is not None}
+    dtypes = set(given.values())
     allowed = {x.dtype, torch.float32} if x.dtype in HALF else {x.dtype}
     if len(dtypes) > 1 or not dtypes <= allowed:
         raise RuntimeError(
             f"mixed dtype: parameters of an input of {x.dtype} must all be "
             f"of one dtype out of {sorted(map(str, allowed))}; got "
-            + ", ".join(f"{name} {p.dtype}" for name, p in given.items())
+            + ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         )

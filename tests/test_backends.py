@@ -10,7 +10,7 @@ X = torch.randn(4, 3)
 VIEW = channel_view(X.shape)
 
 
-def fake(serves, seen):
+def fake(seen, serves=True, pays=True):
     """A backend that serves or declines, and notes that it was called."""
 
     def normalize(x, *args, **kwargs):
@@ -20,8 +20,21 @@ def fake(serves, seen):
     return types.SimpleNamespace(
         available=lambda: True,
         supports=lambda *args, **kwargs: serves,
+        pays=lambda *args, **kwargs: pays,
         normalize=normalize,
     )
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a fake backend was called with; every size is considered."""
+    monkeypatch.setattr(backends, "LEAST", 0)
+    return []
+
+
+def install(monkeypatch, module):
+    table = {"fake": module, "eager": backends.eager}
+    monkeypatch.setattr(backends, "BACKENDS", table)
 
 
 def test_eager_is_there_and_is_last():
@@ -30,24 +43,49 @@ def test_eager_is_there_and_is_last():
 
 
 @pytest.mark.parametrize("serves", [True, False])
-def test_the_first_backend_that_serves_is_taken(monkeypatch, serves):
-    seen = []
-    table = {"fake": fake(serves, seen), "eager": backends.eager}
-    monkeypatch.setattr(backends, "BACKENDS", table)
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_first_backend_that_serves_and_pays_is_taken(
+    monkeypatch, seen, serves, pays
+):
+    install(monkeypatch, fake(seen, serves, pays))
     functional.normalize(X, VIEW)
-    assert len(seen) == serves
+    functional.layer_norm(X, (3,))
+    assert len(seen) == 2 * (serves and pays)
 
 
-def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
-    seen = []
-    table = {"fake": fake(False, seen), "eager": backends.eager}
-    monkeypatch.setattr(backends, "BACKENDS", table)
+def test_a_forced_backend_serves_also_where_it_does_not_pay(monkeypatch, seen):
+    install(monkeypatch, fake(seen, pays=False))
+    with backends.use_backend("fake"):
+        functional.layer_norm(X, (3,))
+    assert len(seen) == 1
+
+
+def test_small_calls_are_not_even_considered(monkeypatch):
+    install(monkeypatch, fake(seen := []))
+    functional.layer_norm(X, (3,))
+    assert not seen
+
+
+def test_a_forced_backend_that_cannot_serve_raises(monkeypatch, seen):
+    install(monkeypatch, fake(seen, serves=False))
     with (
         backends.use_backend("fake"),
         pytest.raises(RuntimeError, match=r"'fake'.*\(4, 3\).*float32"),
     ):
         functional.normalize(X, VIEW)
     functional.normalize(X, VIEW)
+
+
+def test_evaluation_is_the_formulas_or_torchs(monkeypatch, seen):
+    install(monkeypatch, fake(seen))
+    call = (X, torch.zeros(3), torch.ones(3))
+    functional.batch_norm(*call)
+    assert not seen
+    with (
+        backends.use_backend("fake"),
+        pytest.raises(RuntimeError, match=r"'fake'.*given statistics"),
+    ):
+        functional.batch_norm(*call)
 
 
 def test_forcing_ends_with_its_block_also_after_an_error():
@@ -57,8 +95,7 @@ def test_forcing_ends_with_its_block_also_after_an_error():
 
 
 def test_an_inner_block_gives_back_to_the_outer(monkeypatch):
-    table = {"fake": fake(True, []), "eager": backends.eager}
-    monkeypatch.setattr(backends, "BACKENDS", table)
+    install(monkeypatch, fake([]))
     with backends.use_backend("fake"):
         with backends.use_backend("eager"):
             assert backends._forced == "eager"
@@ -73,9 +110,18 @@ def test_an_unknown_backend_is_named():
         pass
 
 
-def test_batch_norm_goes_through_the_same_choice(monkeypatch):
-    seen = []
-    table = {"fake": fake(True, seen), "eager": backends.eager}
-    monkeypatch.setattr(backends, "BACKENDS", table)
-    functional.batch_norm(X, None, None, training=True)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        lambda x: functional.instance_norm(x),
+        lambda x: functional.group_norm(x, 3),
+        lambda x: functional.layer_norm(x, (5,)),
+        lambda x: functional.rms_norm(x, (5,)),
+    ],
+    ids=["batch", "instance", "group", "layer", "rms"],
+)
+def test_every_norm_goes_through_the_same_choice(monkeypatch, seen, call):
+    install(monkeypatch, fake(seen))
+    call(torch.randn(2, 3, 5))
     assert len(seen) == 1

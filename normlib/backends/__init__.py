@@ -1,30 +1,42 @@
 """Who computes a norm: the choice of a backend, made in one place.
 
-A backend is a module with three functions:
+A backend is a module with four functions:
 
 ``available()``
     whether it can run here at all;
 ``supports(x, view, weight, bias, *, over_batch, centered)``
-    whether it serves this call, exactly as the eager formula would;
-``normalize(x, view, weight, bias, eps, *, over_batch, centered)``
-    the work: ``(y, moments)``.
+    whether it can serve this call;
+``pays(x, view, weight, bias, *, over_batch, centered)``
+    whether it is the best that there is for this call, by measurement;
+``normalize(x, view, weight, bias, eps, *, over_batch, centered, moments)``
+    the work: ``(y, moments)``, where the moments may be None unless asked
+    for.
 
-:func:`pick` takes the first of :data:`BACKENDS` that serves a call. The last,
-``eager``, serves every call. To add one: write the module, put it into the
-table, and the tests run over it.
+:func:`pick` takes the first of :data:`BACKENDS` that pays. Where none does,
+torch's own kernel is the best, and it is called with the caller's own
+arguments: so it is for small tensors, and wherever something other than a
+plain call is going on (tracing, transforms, autocast, tensor subclasses).
+The last backend, ``eager``, is the formula itself. It serves every call,
+never pays, and is what the others are measured against. To add a backend:
+write the module, put it into the table, and the tests run over it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from normlib.axes import View
-from normlib.backends import eager
+from normlib.backends import eager, fused
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager}
 """Every backend by name, in the order of preference."""
+
+LEAST = 2**14
+"""Calls with fewer values than this are torch's: nothing is faster there,
+and already asking would take longer than it could save."""
 
 _forced: str | None = None
 
@@ -39,7 +51,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block, in the whole process.
 
     A call that the forced backend cannot serve raises; there is no silent
-    fallback.
+    fallback. ``use_backend("eager")`` makes every norm the formula itself.
 
     Args:
         name: one of :func:`available`.
@@ -59,6 +71,22 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def considers(x: Tensor) -> bool:
+    """Whether a backend of ours may serve a call at all.
+
+    This is asked first and of every call, so it is cheap (half a
+    microsecond where the answer is no), and its order matters: a compiler
+    must not see the questions that would break its trace.
+    """
+    if _forced is not None:
+        return True
+    if torch.compiler.is_compiling() or type(x) not in fused.TENSORS:
+        return False
+    if torch.jit.is_tracing() or x.numel() < LEAST:
+        return False
+    return fused.plain(x)
+
+
 def pick(
     x: Tensor,
     view: View,
@@ -67,20 +95,41 @@ def pick(
     *,
     over_batch: bool,
     centered: bool,
-) -> ModuleType:
-    """The backend that serves a call: the forced one, or the first that can.
+    given: object = None,
+) -> ModuleType | None:
+    """The backend for a call that :func:`considers` let through.
+
+    Args:
+        x: the input, with the next three as for the backend.
+        view: see there.
+        weight: see there.
+        bias: see there.
+        over_batch: see there.
+        centered: see there.
+        given: statistics from outside; for these a backend needs a function
+            ``evaluate(x, view, mean, var, weight, bias, eps)``.
+
+    Returns:
+        The forced backend, or the first that pays, or None: torch's own
+        kernel is the best.
 
     Raises:
         RuntimeError: a backend is forced and cannot serve this call.
     """
+    call = (x, view, weight, bias)
+    kind = {"over_batch": over_batch, "centered": centered}
     names = BACKENDS if _forced is None else (_forced,)
     for name in names:
         module = BACKENDS[name]
-        if module.supports(
-            x, view, weight, bias, over_batch=over_batch, centered=centered
-        ):
+        serves = given is None or hasattr(module, "evaluate")
+        if not serves or not module.supports(*call, **kind):
+            continue
+        if _forced is not None or module.pays(*call, **kind):
             return module
+    if _forced is None:
+        return None
     raise RuntimeError(
-        f"backend {_forced!r} is forced and does not serve shape "
-        f"{tuple(x.shape)}, dtype {x.dtype}, device {x.device}"
+        f"backend {_forced!r} is forced and does not serve "
+        f"{'given statistics, ' if given is not None else ''}"
+        f"shape {tuple(x.shape)}, dtype {x.dtype}, device {x.device}"
     )

@@ -1,0 +1,171 @@
+"""A pair of kernels, forward and backward, as one step of autograd.
+
+A fast kernel reads its tensors where autograd does not look, so it needs a
+backward of its own, and must not be reached by anything that follows
+operations one by one. :func:`plain` recognizes the ordinary call;
+everything else goes to torch's own kernel or to the formula. A second
+derivative, or a backward in unusual company, is taken from the formula too:
+:func:`normlib.backends.eager.backward`, which differentiates to any order.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from normlib.axes import View
+from normlib.backends import eager
+from normlib.stats import Moments
+
+TENSORS = (Tensor, torch.nn.Parameter)
+"""The types of a plain tensor; a subclass may mean anything."""
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors is an ordinary one, on the CPU.
+
+    False inside ``torch.func`` transforms, forward-mode differentiation,
+    ``__torch_function__`` and ``__torch_dispatch__`` modes, and autocast;
+    for subclasses, and for tensors that are sparse, quantized, fake, lazily
+    conjugated or on another device. The private names are those that
+    torch's own Python uses; where one is missing nothing is plain.
+    """
+    given = [t for t in tensors if t is not None]
+    if _QUESTIONS is None or not all(type(t) in TENSORS for t in given):
+        return False
+    overridden, transformed, modes, keys = _QUESTIONS
+    if (
+        overridden(*given)
+        or transformed()
+        or modes()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    # Inference tensors have no place in a graph.
+    allowed = _KEYS[: 1 if torch.is_grad_enabled() else 2]
+    return all(keys(t).raw_repr() in allowed for t in given)
+
+
+def normalize(
+    kernels: ModuleType,
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    over_batch: bool,
+    centered: bool,
+    moments: bool,
+) -> tuple[Tensor, Moments | None]:
+    """The work of a backend, given its kernels.
+
+    Args:
+        kernels: a module with ``forward(x, view, weight, bias, eps, *,
+            over_batch, centered)``, which returns ``y, mean, var, rstd``,
+            and ``backward(dy, x, view, weight, mean, rstd, needs, *,
+            over_batch, centered)``, which returns ``dx, dweight, dbias``.
+            The statistics have shape (N, G), or (G,) where ``over_batch``;
+            var may be None. Both run without autograd.
+        x: plain, as are weight and bias.
+        view: how to see it as (N, G, K, M).
+        weight: scale, or None.
+        bias: shift, or None.
+        eps: added to the variance.
+        over_batch: whether the statistics run over the instances too.
+        centered: whether the mean is subtracted.
+        moments: whether the moments are wanted; they carry their gradient.
+
+    Returns:
+        As :func:`normlib.backends.eager.normalize`, the moments None where
+        they are not wanted.
+    """
+    kind = {"over_batch": over_batch, "centered": centered}
+    needs_graph = torch.is_grad_enabled() and any(
+        p is not None and p.requires_grad for p in (x, weight, bias)
+    )
+    if needs_graph:
+        y, mean, var = _Fused.apply(x, weight, bias, kernels, view, eps, kind)
+    else:
+        with torch.no_grad():
+            y, mean, var, _ = kernels.forward(
+                x, view, weight, bias, eps, **kind
+            )
+    if not moments:
+        return y, None
+    if var is None or not centered:
+        return y, eager.moments(x, view, **kind)
+    shape = (1 if over_batch else view.N, view.G, 1, 1)
+    count = view.count(over_batch)
+    return y, Moments(count, mean.reshape(shape), var.reshape(shape))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, kernels, view, eps, kind):
+        y, mean, var, rstd = kernels.forward(
+            x, view, weight, bias, eps, **kind
+        )
+        # The weight is of no use to its own gradient; saved all the same,
+        # it could not be changed in place before the backward.
+        kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, kept, mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.call = kernels, view, eps, kind
+        ctx.parameters = tuple(
+            None if p is None else (p.shape, p.dtype) for p in (weight, bias)
+        )
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, dmean, dvar):
+        # The order matters: with a graph being made, the saved statistics
+        # are constants and would give wrong second derivatives.
+        x, weight, mean, rstd = ctx.saved_tensors
+        kernels, view, eps, kind = ctx.call
+        needs = ctx.needs_input_grad[:3]
+        if (
+            torch.is_grad_enabled()
+            or dy is None
+            or dmean is not None
+            or dvar is not None
+            or torch.compiler.is_compiling()
+            or not plain(dy, x, weight)
+        ):
+            dx, *rest = eager.backward(
+                dy, x, view, weight, eps, needs, dmean, dvar, **kind
+            )
+        else:
+            dx, *rest = kernels.backward(
+                dy, x, view, weight, mean, rstd, needs, **kind
+            )
+        gradients = [
+            None if g is None else g.reshape(like[0]).to(like[1])
+            for g, like in zip(rest, ctx.parameters, strict=True)
+        ]
+        return dx, *gradients, None, None, None, None
+
+
+def _lookup():
+    """Find the private questions about a call; all of them, or none."""
+    found = [
+        getattr(torch.overrides, "has_torch_function_variadic", None),
+        getattr(torch._C, "_are_functorch_transforms_active", None),
+        getattr(torch._C, "_len_torch_dispatch_stack", None),
+        getattr(torch._C, "_dispatch_keys", None),
+    ]
+    level = hasattr(torch.autograd.forward_ad, "_current_level")
+    return found if all(found) and level else None
+
+
+def _ordinary_keys():
+    """The dispatch keys of a plain CPU tensor, and of an inference tensor."""
+    ordinary = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+    with torch.inference_mode():
+        inference = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+    return ordinary.raw_repr(), inference.raw_repr()
+
+
+_QUESTIONS = _lookup()
+_KEYS = _ordinary_keys() if _QUESTIONS else ()
