@@ -3,13 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from normlib import axes, reference
 
 
 class Case(NamedTuple):
-    """A norm on a shape: ours in NumPy, torch's, and what they share."""
+    """A norm on a shape: in NumPy, in normlib, in torch, on its view."""
 
     norm: str
     shape: tuple[int, ...]
@@ -44,17 +43,18 @@ class Case(NamedTuple):
         parameters = [weight, bias] if self.has_bias else [weight]
         return function(x, *args, *parameters, eps=eps)
 
-    def torch(self, x, weight, bias, eps):
-        """The norm by torch.nn.functional."""
+    def of(self, library, x, weight, bias, eps):
+        """The norm by its own function in normlib's or torch's functional."""
+        function = getattr(library, self.norm)
         if self.norm == "batch_norm":
-            return F.batch_norm(x, None, None, weight, bias, True, 0.1, eps)
+            return function(x, None, None, weight, bias, True, 0.1, eps)
         if self.norm == "instance_norm":
-            return F.instance_norm(x, None, None, weight, bias, eps=eps)
+            return function(x, None, None, weight, bias, eps=eps)
         if self.norm == "group_norm":
-            return F.group_norm(x, self.groups, weight, bias, eps)
+            return function(x, self.groups, weight, bias, eps)
         if self.norm == "layer_norm":
-            return F.layer_norm(x, self.normalized, weight, bias, eps)
-        return F.rms_norm(x, self.normalized, weight, eps)
+            return function(x, self.normalized, weight, bias, eps)
+        return function(x, self.normalized, weight, eps)
 
 
 CASES = {
