@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from normlib.axes import View
-from normlib.backends import eager, fused
+from normlib.backends import cpu, eager, fused
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
 """Every backend by name, in the order of preference."""
 
-LEAST = 2**14
+LEAST = 2**15
 """Calls with fewer values than this are torch's: nothing is faster there,
 and already asking would take longer than it could save."""
 

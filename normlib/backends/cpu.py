@@ -23,13 +23,16 @@ passed in is written to.
 Chapter 5.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normlib.axes import View
+from normlib.backends import fused
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
@@ -496,3 +499,6 @@ _LAYER = _Path(_layer_forward, _layer_backward, float("inf"))
 _GROUPS = _Path(_groups_forward, _groups_backward, float("inf"))
 _RMS = _Path(_rms_forward, _rms_backward, 1 << 15)
 _LAST = _Path(_last_forward, _last_backward, 1 << 17)
+
+normalize = partial(fused.normalize, sys.modules[__name__])
+"""The work of this backend: these kernels as one step of autograd."""
