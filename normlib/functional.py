@@ -62,17 +62,12 @@ def normalize(
     _check_view(x, view)
     _check_sizes(x, view.G * view.K, weight=weight, bias=bias)
     _check_dtypes(x, weight=weight, bias=bias)
-    y, found = _normalize(
-        x,
-        view,
-        weight,
-        bias,
-        eps,
-        over_batch=over_batch,
-        centered=centered,
-        moments=True,
-        formula=True,
-    )
+    call = (x, view, weight, bias, eps)
+    kind = {"over_batch": over_batch, "centered": centered}
+    done = None
+    if backends.considers(x, "normalize", weight):
+        done = _normalize(*call, moments=True, **kind)
+    y, found = done or backends.eager.normalize(*call, **kind)
     shape = (view.G,) if over_batch else (view.N, view.G)
     return y, found.mean.reshape(shape), found.var.reshape(shape)
 
@@ -119,8 +114,11 @@ def batch_norm(
     A call that refuses its input leaves the running statistics as they were.
     Ioffe & Szegedy (2015). Chapter 2.
     """
-    formula = isinstance(momentum, Tensor)  # torch's kernel takes a number
-    if backends.considers(input) or formula:
+    norm = "batch_norm" if training else "evaluation"
+    considered = backends.considers(input, norm, weight)
+    # Torch's kernel takes a number; under a compiler it may be a tensor.
+    formula = training and isinstance(momentum, Tensor)
+    if considered or formula:
         _check_batch_norm(
             input,
             running_mean,
@@ -131,25 +129,30 @@ def batch_norm(
             momentum,
             eps,
         )
-        found = _normalize(
-            input,
-            channel_view(input.shape),
-            weight,
-            bias,
-            eps,
-            over_batch=True,
-            given=None if training else (running_mean, running_var),
-            moments=running_mean is not None,
-            formula=formula,
-        )
+        call = (input, channel_view(input.shape), weight, bias, eps)
+        kind = {"over_batch": True, "centered": True}
+        given = None if training else (running_mean, running_var)
+        found = None
+        if considered:
+            wanted = running_mean is not None
+            found = _normalize(*call, moments=wanted, given=given, **kind)
+        if found is None and formula:
+            found = backends.eager.normalize(*call, **kind)
         if found is not None:
             y, batch = found
             if training and running_mean is not None:
                 update_running(running_mean, running_var, batch, momentum)
             return y
-    if not training and _makes_graph(input, weight):
-        # torch's backward reads them again; by then they may have moved.
-        running_mean, running_var = _cloned(running_mean, running_var)
+    if (
+        not training
+        and torch.is_grad_enabled()
+        and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+        )
+    ):
+        # Torch's backward reads them again; by then they may have moved.
+        running_mean, running_var = _copied(running_mean, running_var)
     return _torchs(
         F.batch_norm,
         _check_batch_norm,
@@ -204,7 +207,8 @@ def instance_norm(
     Ulyanov, Vedaldi & Lempitsky (2016). Chapter 5.
     """
     _check_eps("instance_norm", eps)
-    if backends.considers(input):
+    norm = "instance_norm" if use_input_stats else "evaluation"
+    if backends.considers(input, norm, weight):
         _check_instance_norm(
             input,
             running_mean,
@@ -275,7 +279,7 @@ def group_norm(
     Wu & He (2018). Chapter 5.
     """
     _check_eps("group_norm", eps)
-    if backends.considers(input):
+    if backends.considers(input, "group_norm", weight):
         _check_group_norm(input, num_groups, weight, bias, eps)
         view = channel_view(input.shape, num_groups)
         found = _normalize(input, view, weight, bias, eps)
@@ -314,7 +318,7 @@ def layer_norm(
     Ba, Kiros & Hinton (2016). Chapter 5.
     """
     _check_eps("layer_norm", eps)
-    if backends.considers(input):
+    if backends.considers(input, "layer_norm", weight):
         _check_layer_norm(input, normalized_shape, weight, bias, eps)
         view = trailing_view(input.shape, normalized_shape)
         found = _normalize(input, view, weight, bias, eps)
@@ -362,7 +366,7 @@ def rms_norm(
     """
     if eps is not None:
         _check_eps("rms_norm", eps)
-    if backends.considers(input):
+    if backends.considers(input, "rms_norm", weight):
         _check_rms_norm(input, normalized_shape, weight, eps)
         view = trailing_view(input.shape, normalized_shape)
         width = torch.float32 if input.dtype in HALF else input.dtype
@@ -466,31 +470,20 @@ def _normalize(
     centered=True,
     given=None,
     moments=False,
-    formula=False,
 ):
     """Let a backend do it: y and the moments, None where torch's is best.
 
     ``given`` are a mean and a variance to normalize by, in place of the
-    input's. With ``formula`` the formula takes the place of torch's kernel.
+    input's.
     """
-    backend = backends.eager if formula else None
-    if backends.considers(x):
-        kind = {"over_batch": over_batch, "centered": centered}
-        picked = backends.pick(x, view, weight, bias, given=given, **kind)
-        backend = picked or backend
+    kind = {"over_batch": over_batch, "centered": centered}
+    backend = backends.pick(x, view, weight, bias, given=given, **kind)
     if backend is None:
         return None
     if given is not None:
         return backend.evaluate(x, view, *given, weight, bias, eps), None
     return backend.normalize(
-        x,
-        view,
-        weight,
-        bias,
-        eps,
-        over_batch=over_batch,
-        centered=centered,
-        moments=moments,
+        x, view, weight, bias, eps, moments=moments, **kind
     )
 
 
@@ -503,13 +496,7 @@ def _torchs(function, check, *args):
         raise
 
 
-def _makes_graph(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
-
-
-def _cloned(*tensors: Tensor | None) -> list[Tensor | None]:
+def _copied(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.clone() for t in tensors]
 
 

@@ -20,6 +20,7 @@ def fake(seen, serves=True, pays=True):
     return types.SimpleNamespace(
         available=lambda: True,
         supports=lambda *args, **kwargs: serves,
+        least=lambda *args: 0,
         pays=lambda *args, **kwargs: pays,
         normalize=normalize,
     )

@@ -60,7 +60,11 @@ class Kernels:
 
         yes = lambda *args, **kwargs: True  # noqa: E731
         return types.SimpleNamespace(
-            available=yes, supports=yes, pays=yes, normalize=normalize
+            available=yes,
+            supports=yes,
+            least=lambda *args: 0,
+            pays=yes,
+            normalize=normalize,
         )
 
 

@@ -1,11 +1,13 @@
 """Who computes a norm: the choice of a backend, made in one place.
 
-A backend is a module with four functions:
+A backend is a module with five functions:
 
 ``available()``
     whether it can run here at all;
 ``supports(x, view, weight, bias, *, over_batch, centered)``
     whether it can serve this call;
+``least(norm, x, weight)``
+    how many values a call must have for the next question to be asked;
 ``pays(x, view, weight, bias, *, over_batch, centered)``
     whether it is the best that there is for this call, by measurement;
 ``normalize(x, view, weight, bias, eps, *, over_batch, centered, moments)``
@@ -71,20 +73,28 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def considers(x: Tensor) -> bool:
+def considers(x: Tensor, norm: str, weight: Tensor | None) -> bool:
     """Whether a backend of ours may serve a call at all.
 
     This is asked first and of every call, so it is cheap (half a
-    microsecond where the answer is no), and its order matters: a compiler
+    microsecond where the call is small), and its order matters: a compiler
     must not see the questions that would break its trace.
+
+    Args:
+        x: the input.
+        norm: a row of :data:`normlib.axes.TABLE`, or ``"evaluation"``.
+        weight: the scale, or None.
     """
     if _forced is not None:
         return True
     if torch.compiler.is_compiling() or type(x) not in fused.TENSORS:
         return False
-    if torch.jit.is_tracing() or x.numel() < LEAST:
+    if torch.jit.is_tracing() or (size := x.numel()) < LEAST:
         return False
-    return fused.plain(x)
+    for module in BACKENDS.values():
+        if size >= module.least(norm, x, weight):
+            return fused.plain(x)
+    return False
 
 
 def pick(

@@ -23,6 +23,7 @@ passed in is written to.
 Chapter 5.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -84,6 +85,24 @@ def supports(
         and x.dtype in (torch.float32, torch.float64)
         and _path(x, view, weight, over_batch, centered) is not None
     )
+
+
+def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
+    """How many values a call must have for :func:`pays` to be asked.
+
+    Cheap and by name, because it is asked of calls that gain nothing, too.
+    """
+    if norm == "evaluation":
+        return math.inf
+    if norm == "normalize":  # by a view, whichever norm that is
+        return 0
+    if not x.is_contiguous():
+        return _LAST.least if norm in _BY_SAMPLE else math.inf
+    if norm == "layer_norm" and weight is not None:
+        return _LAYER.least
+    if norm == "group_norm" and weight is not None:
+        return _GROUPS.least
+    return _CONTIGUOUS[norm].least
 
 
 def pays(
@@ -495,10 +514,18 @@ def _wanted(grads, needs):
 
 _BATCH = _Path(_batch_forward, _batch_backward, 1 << 17)
 _ROWS = _Path(_rows_forward, _rows_backward, 1 << 15)
-_LAYER = _Path(_layer_forward, _layer_backward, float("inf"))
-_GROUPS = _Path(_groups_forward, _groups_backward, float("inf"))
+_LAYER = _Path(_layer_forward, _layer_backward, math.inf)
+_GROUPS = _Path(_groups_forward, _groups_backward, math.inf)
 _RMS = _Path(_rms_forward, _rms_backward, 1 << 15)
 _LAST = _Path(_last_forward, _last_backward, 1 << 17)
+_BY_SAMPLE = ("instance_norm", "group_norm")
+_CONTIGUOUS = {
+    "batch_norm": _BATCH,
+    "instance_norm": _ROWS,
+    "group_norm": _ROWS,
+    "layer_norm": _ROWS,
+    "rms_norm": _RMS,
+}
 
 normalize = partial(fused.normalize, sys.modules[__name__])
 """The work of this backend: these kernels as one step of autograd."""

@@ -6,6 +6,7 @@ it is made of differentiable operations. The other backends are measured
 against it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,11 @@ def available() -> bool:
 def supports(x, view, weight, bias, *, over_batch, centered) -> bool:
     """Always."""
     return True
+
+
+def least(norm, x, weight) -> float:
+    """Infinitely many."""
+    return math.inf
 
 
 def pays(x, view, weight, bias, *, over_batch, centered) -> bool:
