@@ -285,9 +285,17 @@ def group_norm(
         found = _normalize(input, view, weight, bias, eps)
         if found is not None:
             return found[0]
-    return _torchs(
-        F.group_norm, _check_group_norm, input, num_groups, weight, bias, eps
+    last = _channels_last(input)
+    y = _torchs(
+        F.group_norm,
+        _check_group_norm,
+        input if last is None else input.contiguous(),
+        num_groups,
+        weight,
+        bias,
+        eps,
     )
+    return y if last is None else y.contiguous(memory_format=last)
 
 
 def layer_norm(
@@ -494,6 +502,27 @@ def _torchs(function, check, *args):
     except Exception:
         check(*args)
         raise
+
+
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    """The format in which torch's own group norm loses digits, or None.
+
+    For channels last on the CPU it takes ``E[x^2] - E[x]^2`` in float32: at
+    a mean of 100 standard deviations its output is off in the second digit,
+    at 10,000 it is noise.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or x.is_contiguous()
+        or x.device.type != "cpu"
+        or x.dtype in HALF  # which have no digits to lose
+    ):
+        return None
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    if last is None or not x.is_contiguous(memory_format=last):
+        return None
+    return last
 
 
 def _copied(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -116,6 +116,32 @@ def test_first_and_second_derivatives_by_finite_differences(case, backend):
         assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (8, 32, 24, 24)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
+def test_group_norm_of_channels_last_keeps_its_digits(shape, mean):
+    """PyTorch's own kernel does not: E[x^2] - E[x]^2 in float32."""
+    x = torch.randn(shape, dtype=torch.float64) + mean
+    x = x.float().to(memory_format=torch.channels_last)
+    dy = torch.randn(shape).to(memory_format=torch.channels_last)
+    results = []
+    for f, leaf, upstream in (
+        (F.group_norm, x.double().contiguous(), dy.double()),
+        (functional.group_norm, x.clone(), dy),
+        (F.group_norm, x.contiguous(), dy.contiguous()),
+    ):
+        leaf.requires_grad_()
+        y = f(leaf, 4)
+        y.backward(upstream)
+        results.append((y.detach().double(), leaf.grad.double()))
+        if leaf.dtype == torch.float32 and f is functional.group_norm:
+            assert y.is_contiguous(memory_format=torch.channels_last)
+    for exact, ours, contiguous in zip(*results, strict=True):
+        error, torchs = (
+            (got - exact).abs().max() for got in (ours, contiguous)
+        )
+        assert error <= max(2 * torchs, 3e-6)
+
+
 def test_normalize_returns_the_biased_moments():
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     view = channel_view(x.shape)
