@@ -139,7 +139,7 @@ def test_group_norm_of_channels_last_keeps_its_digits(shape, mean):
         error, torchs = (
             (got - exact).abs().max() for got in (ours, contiguous)
         )
-        assert error <= max(2 * torchs, 3e-6)
+        assert error <= max(4 * torchs, 3e-6)
 
 
 def test_normalize_returns_the_biased_moments():
