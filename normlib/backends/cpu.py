@@ -333,7 +333,7 @@ def _groups_backward(dy, x, view, weight, mean, rstd, needs):
     n, g, k, m = view
     shape = (n, g * k, m)
     dx, dweight, dbias = _group_norm_backward(
-        dy.reshape(shape),
+        dy.reshape(shape).contiguous(),  # it reads no other strides
         x.view(shape),
         mean,
         rstd,
