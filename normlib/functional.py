@@ -118,17 +118,8 @@ def batch_norm(
     considered = backends.considers(input, norm, weight)
     # Torch's kernel takes a number; under a compiler it may be a tensor.
     formula = training and isinstance(momentum, Tensor)
-    if considered or formula:
-        _check_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-        )
+    args = (running_mean, running_var, weight, bias, training, momentum, eps)
+    if (considered or formula) and _fits(_check_batch_norm, input, *args):
         call = (input, channel_view(input.shape), weight, bias, eps)
         kind = {"over_batch": True, "centered": True}
         given = None if training else (running_mean, running_var)
@@ -208,17 +199,13 @@ def instance_norm(
     """
     _check_eps("instance_norm", eps)
     norm = "instance_norm" if use_input_stats else "evaluation"
-    if backends.considers(input, norm, weight):
-        _check_instance_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            use_input_stats,
-            momentum,
-            eps,
-        )
+    args = (
+        *(running_mean, running_var, weight, bias),
+        *(use_input_stats, momentum, eps),
+    )
+    if backends.considers(input, norm, weight) and _fits(
+        _check_instance_norm, input, *args
+    ):
         found = _normalize(
             input,
             channel_view(input.shape),
@@ -230,24 +217,18 @@ def instance_norm(
         )
         if found is not None:
             y, each = found
-            if use_input_stats and running_mean is not None:
+            moved = running_mean is not None and input.numel() > 0
+            if use_input_stats and moved:
                 batch = Moments(
                     each.count, each.mean.mean(0), each.var.mean(0)
                 )
                 update_running(running_mean, running_var, batch, momentum)
             return y
-    return _torchs(
-        F.instance_norm,
-        _check_instance_norm,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_input_stats,
-        momentum,
-        eps,
-    )
+    if _misread(input):
+        flat = input.flatten(2)
+        y = _torchs(F.instance_norm, _check_instance_norm, flat, *args)
+        return y.view(input.shape)
+    return _torchs(F.instance_norm, _check_instance_norm, input, *args)
 
 
 def group_norm(
@@ -279,8 +260,10 @@ def group_norm(
     Wu & He (2018). Chapter 5.
     """
     _check_eps("group_norm", eps)
-    if backends.considers(input, "group_norm", weight):
-        _check_group_norm(input, num_groups, weight, bias, eps)
+    args = (num_groups, weight, bias, eps)
+    if backends.considers(input, "group_norm", weight) and _fits(
+        _check_group_norm, input, *args
+    ):
         view = channel_view(input.shape, num_groups)
         found = _normalize(input, view, weight, bias, eps)
         if found is not None:
@@ -290,10 +273,7 @@ def group_norm(
         F.group_norm,
         _check_group_norm,
         input if last is None else input.contiguous(),
-        num_groups,
-        weight,
-        bias,
-        eps,
+        *args,
     )
     return y if last is None else y.contiguous(memory_format=last)
 
@@ -326,21 +306,15 @@ def layer_norm(
     Ba, Kiros & Hinton (2016). Chapter 5.
     """
     _check_eps("layer_norm", eps)
-    if backends.considers(input, "layer_norm", weight):
-        _check_layer_norm(input, normalized_shape, weight, bias, eps)
+    args = (normalized_shape, weight, bias, eps)
+    if backends.considers(input, "layer_norm", weight) and _fits(
+        _check_layer_norm, input, *args
+    ):
         view = trailing_view(input.shape, normalized_shape)
         found = _normalize(input, view, weight, bias, eps)
         if found is not None:
             return found[0]
-    return _torchs(
-        F.layer_norm,
-        _check_layer_norm,
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-    )
+    return _torchs(F.layer_norm, _check_layer_norm, input, *args)
 
 
 def rms_norm(
@@ -374,17 +348,17 @@ def rms_norm(
     """
     if eps is not None:
         _check_eps("rms_norm", eps)
-    if backends.considers(input, "rms_norm", weight):
-        _check_rms_norm(input, normalized_shape, weight, eps)
+    args = (normalized_shape, weight, eps)
+    if backends.considers(input, "rms_norm", weight) and _fits(
+        _check_rms_norm, input, *args
+    ):
         view = trailing_view(input.shape, normalized_shape)
         width = torch.float32 if input.dtype in HALF else input.dtype
         least = torch.finfo(width).eps if eps is None else eps
         found = _normalize(input, view, weight, None, least, centered=False)
         if found is not None:
             return found[0]
-    return _torchs(
-        F.rms_norm, _check_rms_norm, input, normalized_shape, weight, eps
-    )
+    return _torchs(F.rms_norm, _check_rms_norm, input, *args)
 
 
 def moments(
@@ -495,13 +469,49 @@ def _normalize(
     )
 
 
+def _fits(check, *args) -> bool:
+    """Whether a backend can take these arguments.
+
+    Where it is ours to choose, bad ones go to torch, which refuses them by
+    its own error. A forced backend is asked for ours.
+    """
+    try:
+        check(*args)
+    except Exception:
+        if backends._forced is not None:
+            raise
+        return False
+    return True
+
+
 def _torchs(function, check, *args):
-    """Call torch's kernel; where it refuses, say why in our words first."""
+    """Call torch's kernel; where it refuses, say why in our own words.
+
+    But only by an error of the same type: what breaks two rules at once is
+    refused by torch's choice of them.
+    """
     try:
         return function(*args)
-    except Exception:
-        check(*args)
+    except Exception as error:
+        try:
+            check(*args)
+        except type(error):
+            raise
+        except Exception:  # another rule is broken too, or not torch's
+            pass
         raise
+
+
+def _misread(x: Tensor) -> bool:
+    """Whether torch's own instance norm has a wrong backward.
+
+    On the CPU, for a single image, it takes a gradient with the channels
+    last (as a convolution may send it) for one with the channels first. With
+    the positions flattened it does not.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return isinstance(x, Tensor) and x.dim() > 3 and x.shape[0] == 1
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
@@ -513,6 +523,7 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
     """
     if (
         torch.compiler.is_compiling()
+        or not isinstance(x, Tensor)
         or x.is_contiguous()
         or x.device.type != "cpu"
         or x.dtype in HALF  # which have no digits to lose
