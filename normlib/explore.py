@@ -5,7 +5,13 @@ too; the script redraws it when a slider moves. No file is loaded from
 anywhere, and the same arguments give the same bytes.
 """
 
+import json
 import math
+from collections.abc import Sequence
+
+import numpy
+
+from normlib.axes import TABLE, stat_axes
 
 START = (-1.0, 0.42)
 _SCALE, _WIDTH, _HEIGHT = 215.0, 480, 236
@@ -288,6 +294,401 @@ document.querySelectorAll(".normlib-contours:not([data-ready])")
   part("reset").addEventListener("click", function () {
     notch.value = box.dataset.notch; rate.value = box.dataset.rate;
     draw();
+  });
+});
+"""
+
+
+_SAMPLES, _CHANNELS, _SIDE = 3, 6, 2
+_PLACES = _SIDE * _SIDE
+_CELLS = _SAMPLES * _CHANNELS * _PLACES
+_CUBE_NORMS = {
+    "batch": ("Batch", "batch_norm"),
+    "sample": ("Layer, whole sample", "layer_norm"),
+    "token": ("Layer, each position", "layer_norm"),
+    "instance": ("Instance", "instance_norm"),
+    "group": ("Group", "group_norm"),
+    "rms": ("RMS, each position", "rms_norm"),
+}
+
+
+class NormCube:
+    """A batch cut into its values: point at one, see which share its mean.
+
+    Three samples of six channels and 2 by 2 positions stand side by side.
+    Buttons choose the norm, and for group norm the number of groups. The
+    cells that are averaged together with the chosen one light up; beside
+    them stand how many they are, the shapes of statistics and parameters,
+    whether the other samples matter, and what differs in the test.
+
+    Which cells belong together is computed by :data:`normlib.axes.TABLE`;
+    the script in the page only looks it up. Show it by naming it at the end
+    of a cell.
+
+    Args:
+        norm: at first; ``"batch"``, ``"sample"`` (layer norm of the whole
+            sample), ``"token"`` (layer norm of each position),
+            ``"instance"``, ``"group"`` or ``"rms"`` (of each position).
+        groups: of group norm: 1, 2, 3 or 6.
+        cell: the chosen one: sample, channel, position, counted from 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Chapter 5.
+    """
+
+    def __init__(
+        self,
+        norm: str = "batch",
+        groups: int = 2,
+        cell: Sequence[int] = (0, 1, 2),
+    ):
+        if norm not in _CUBE_NORMS:
+            raise ValueError(
+                f"norm must be one of {', '.join(_CUBE_NORMS)}; got {norm!r}"
+            )
+        if groups not in _divisors(_CHANNELS):
+            raise ValueError(
+                f"groups must divide {_CHANNELS}: {_divisors(_CHANNELS)}, "
+                f"got {groups}"
+            )
+        sizes = (_SAMPLES, _CHANNELS, _PLACES)
+        fits = len(cell) == 3 and all(
+            0 <= i < size for i, size in zip(cell, sizes, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"cell must lie inside {sizes}, got {cell}")
+        self.norm, self.groups, self.cell = norm, groups, tuple(cell)
+
+    def __repr__(self) -> str:
+        return (
+            f"NormCube(norm={self.norm!r}, groups={self.groups}, "
+            f"cell={self.cell})"
+        )
+
+    def shared(self) -> numpy.ndarray:
+        """Which cells share the chosen one's statistics.
+
+        Returns:
+            Booleans of shape (samples, channels, positions).
+        """
+        labels = _labels(self.norm, self.groups)
+        return labels == labels[self.cell]
+
+    def _key(self) -> str:
+        return self.norm + (str(self.groups) if self.norm == "group" else "")
+
+    def _repr_html_(self) -> str:
+        shared, index = self.shared().ravel(), _index(self.cell)
+        state = ["on" if inside else "" for inside in shared]
+        state[index] = "on at"
+        settings = _cube_settings()
+        fill = {
+            "@STYLE@": _CUBE_STYLE,
+            "@SCRIPT@": _CUBE_SCRIPT,
+            "@DATA@": json.dumps(settings, separators=(",", ":")),
+            "@SHEETS@": "".join(_sheet(n, state) for n in range(_SAMPLES)),
+            "@NORMS@": "".join(
+                _choice("norm", key, title, key == self.norm)
+                for key, (title, _) in _CUBE_NORMS.items()
+            ),
+            "@GROUPS@": "".join(
+                _choice("groups", str(g), str(g), g == self.groups)
+                for g in _divisors(_CHANNELS)
+            ),
+            "@FACTS@": "".join(
+                f"<dt>{title}</dt><dd>{told}</dd>"
+                for title, told in settings[self._key()]["facts"]
+            ),
+            "@WHERE@": _where(self.cell),
+            "@NORM@": self.norm,
+            "@CELL@": str(index),
+            "@SIZES@": f"{_SAMPLES},{_CHANNELS},{_PLACES}",
+            "@HIDDEN@": "" if self.norm == "group" else " hidden",
+        }
+        html = _CUBE_PAGE
+        for key, value in fill.items():
+            html = html.replace(key, value)
+        return html
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _index(cell: Sequence[int]) -> int:
+    n, c, m = cell
+    return (n * _CHANNELS + c) * _PLACES + m
+
+
+def _labels(norm: str, groups: int) -> numpy.ndarray:
+    """One number for each cell; cells with the same share statistics."""
+    row = TABLE[_CUBE_NORMS[norm][1]]
+    shape = (_SAMPLES, _CHANNELS, _PLACES)
+    cells = numpy.arange(_CELLS).reshape(shape)
+    if norm in ("token", "rms"):  # channels last: each position a vector
+        cells = cells.transpose(0, 2, 1)
+        view = row.view(cells.shape, (_CHANNELS,))
+    elif norm == "sample":
+        view = row.view(shape, (_CHANNELS, _PLACES))
+    else:
+        view = row.view(shape, *((groups,) if norm == "group" else ()))
+    first = cells.reshape(view).min(stat_axes(row.over_batch), keepdims=True)
+    labels = numpy.empty(_CELLS, dtype=int)
+    labels[cells.ravel()] = numpy.broadcast_to(first, view).ravel()
+    return labels.reshape(shape)
+
+
+def _cube_settings() -> dict:
+    """What the page shows for each choice of a norm and its groups."""
+    found = {}
+    for norm in _CUBE_NORMS:
+        for groups in _divisors(_CHANNELS) if norm == "group" else [1]:
+            labels = _labels(norm, groups)
+            key = norm + (str(groups) if norm == "group" else "")
+            found[key] = {
+                "labels": labels.ravel().tolist(),
+                "facts": _facts(norm, groups, labels),
+            }
+    return found
+
+
+def _facts(norm: str, groups: int, labels: numpy.ndarray) -> list:
+    width = _CHANNELS // groups
+    side = f"{_SIDE}, {_SIDE}"
+    plural = "" if width == 1 else "s"
+    among, shape, parameters = {
+        "batch": (
+            "this channel in all samples: N·H·W",
+            f"({_CHANNELS},): one pair for each channel",
+            f"({_CHANNELS},)",
+        ),
+        "sample": (
+            "all of this sample: C·H·W",
+            f"({_SAMPLES},): one pair for each sample",
+            f"({_CHANNELS}, {side}): one pair for each element",
+        ),
+        "token": (
+            "all channels at this position of this sample: C",
+            f"({_SAMPLES}, {side}): one pair for each position of a sample",
+            f"({_CHANNELS},)",
+        ),
+        "instance": (
+            "this channel of this sample: H·W",
+            f"({_SAMPLES}, {_CHANNELS}): one pair for each channel of a "
+            "sample",
+            f"({_CHANNELS},); in PyTorch none by default",
+        ),
+        "group": (
+            f"{width} neighboring channel{plural} of this sample: (C/G)·H·W",
+            f"({_SAMPLES}, {groups}): one pair for each group of a sample",
+            f"({_CHANNELS},)",
+        ),
+        "rms": (
+            "all channels at this position of this sample: C",
+            f"({_SAMPLES}, {side}): a mean square each, and no mean",
+            f"({_CHANNELS},); no bias",
+        ),
+    }[norm]
+    count = int((labels == labels[0, 0, 0]).sum())
+    batch = norm == "batch"
+    return [
+        ("Share statistics", f"{count} of {_CELLS} values: {among}"),
+        ("Mean and variance", shape),
+        ("Weight and bias", parameters),
+        (
+            "Do other samples change this output?",
+            "Yes, in training" if batch else "No",
+        ),
+        (
+            "Training and test",
+            "differ: the batch's statistics, then running averages"
+            if batch
+            else "are the same computation",
+        ),
+    ]
+
+
+def _where(cell: Sequence[int]) -> str:
+    n, c, m = (i + 1 for i in cell)
+    return f"Sample {n}, channel {c}, position {m}"
+
+
+def _choice(kind: str, value: str, title: str, chosen: bool) -> str:
+    return (
+        f'<button type="button" data-{kind}="{value}" '
+        f'aria-pressed="{"true" if chosen else "false"}">{title}</button>'
+    )
+
+
+def _sheet(n: int, state: list[str]) -> str:
+    cells = "".join(
+        f'<rect data-i="{i}" class="{state[i]}" x="{30 * c + 1}" '
+        f'y="{30 * m + 1}" width="28" height="28" rx="3"/>'
+        for c in range(_CHANNELS)
+        for m in range(_PLACES)
+        for i in [_index((n, c, m))]
+    )
+    return (
+        '<svg viewBox="-16 -4 208 172" aria-hidden="true">'
+        f'<g transform="translate(0,20) skewY(-6)">{cells}</g>'
+        '<text x="6" y="160">channels →</text>'
+        f'<text x="186" y="160" text-anchor="end">sample {n + 1}</text>'
+        '<text transform="translate(-5,134) rotate(-90)">positions</text>'
+        "</svg>"
+    )
+
+
+_CUBE_PAGE = """\
+<div class="normlib-cube" data-norm="@NORM@" data-cell="@CELL@"
+ data-sizes="@SIZES@">
+<style>@STYLE@</style>
+<div class="nk-buttons nk-norms" role="group" aria-label="Norm">@NORMS@</div>
+<div class="nk-buttons nk-groups" role="group" aria-label="Groups"@HIDDEN@>\
+<span>Groups:</span>@GROUPS@</div>
+<div class="nk-sheets" tabindex="0" role="group" aria-label="The values of a
+ batch. Arrow keys choose a channel and a position, Page Up and Page Down a
+ sample.">@SHEETS@</div>
+<div class="nk-told" aria-live="polite"><p class="nk-where">@WHERE@</p>
+<dl class="nk-facts">@FACTS@</dl></div>
+<noscript>Choosing needs JavaScript; the picture shows one setting.\
+</noscript>
+<script type="application/json" class="nk-data">@DATA@</script>
+<script>@SCRIPT@</script>
+</div>
+"""
+
+_CUBE_STYLE = """
+.normlib-cube{--nk-on:#0f766e;--nk-at:#dc2626;--nk-off:#e2e8f0;
+--nk-text:#1e293b;--nk-muted:#64748b;--nk-line:#cbd5e1;--nk-back:#fff;
+--nk-accent:#b45309;max-width:680px;margin:0 auto;color:var(--nk-text);
+font-size:.95rem;line-height:1.4}
+.normlib-cube[data-norm=sample],.normlib-cube[data-norm=token]{
+--nk-on:#b45309}
+.normlib-cube[data-norm=instance]{--nk-on:#7c3aed}
+.normlib-cube[data-norm=group]{--nk-on:#2563eb}
+.normlib-cube[data-norm=rms]{--nk-on:#be185d}
+html[data-theme=dark] .normlib-cube,
+[data-jp-theme-light=false] .normlib-cube{--nk-on:#2dd4bf;--nk-at:#f87171;
+--nk-off:#334155;--nk-text:#e2e8f0;--nk-muted:#94a3b8;--nk-line:#475569;
+--nk-back:#0f172a;--nk-accent:#fbbf24}
+html[data-theme=dark] .normlib-cube[data-norm=sample],
+html[data-theme=dark] .normlib-cube[data-norm=token]{--nk-on:#fbbf24}
+html[data-theme=dark] .normlib-cube[data-norm=instance]{--nk-on:#a78bfa}
+html[data-theme=dark] .normlib-cube[data-norm=group]{--nk-on:#60a5fa}
+html[data-theme=dark] .normlib-cube[data-norm=rms]{--nk-on:#f472b6}
+html[data-theme=dark] .bd-content div.cell_output
+.text_html:has(.normlib-cube){background:none!important;padding:0}
+.normlib-cube .nk-sheets{display:flex;flex-wrap:wrap;gap:.3rem;
+justify-content:center;border:1px solid var(--nk-line);border-radius:6px;
+background:var(--nk-back);margin:.5rem 0;padding:.4rem;
+touch-action:manipulation}
+.normlib-cube svg{display:block;flex:1 1 150px;max-width:260px;height:auto}
+.normlib-cube rect{fill:var(--nk-off);cursor:pointer}
+.normlib-cube rect.on{fill:var(--nk-on)}
+.normlib-cube rect.at{stroke:var(--nk-at);stroke-width:4}
+.normlib-cube text{font-size:13px;fill:var(--nk-muted)}
+.normlib-cube .nk-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
+align-items:center;margin:.3rem 0}
+.normlib-cube .nk-buttons[hidden]{visibility:hidden}
+.normlib-cube button{font:inherit;color:inherit;padding:.25rem .6rem;
+background:var(--nk-back);border:1px solid var(--nk-muted);
+border-radius:6px;cursor:pointer}
+.normlib-cube button[aria-pressed=true]{border-color:var(--nk-on);
+box-shadow:inset 0 0 0 1px var(--nk-on);font-weight:600}
+.normlib-cube button:focus-visible,
+.normlib-cube .nk-sheets:focus-visible{outline:2px solid var(--nk-accent);
+outline-offset:2px}
+.normlib-cube .nk-where{margin:.4rem 0 .2rem;font-weight:600}
+.normlib-cube dl{display:grid;grid-template-columns:minmax(9rem,auto) 1fr;
+gap:.15rem .8rem;margin:0}
+.normlib-cube dt{font-weight:400;color:var(--nk-muted);margin:0}
+.normlib-cube dd{margin:0}
+@media (max-width:560px){.normlib-cube dl{grid-template-columns:1fr;gap:0}
+.normlib-cube dd{margin-bottom:.35rem}}
+"""
+
+_CUBE_SCRIPT = """
+document.querySelectorAll(".normlib-cube:not([data-ready])")
+.forEach(function (box) {
+  box.dataset.ready = "1";
+  var part = function (name) { return box.querySelector(".nk-" + name); };
+  var settings = JSON.parse(part("data").textContent);
+  var sizes = box.dataset.sizes.split(",").map(Number);
+  var rects = {}, cell = +box.dataset.cell, shown = "";
+  box.querySelectorAll("rect").forEach(function (rect) {
+    rects[rect.dataset.i] = rect;
+  });
+  function pressed(kind) {
+    return box.querySelector("[data-" + kind + "][aria-pressed=true]")
+      .dataset[kind];
+  }
+  function draw() {
+    var norm = pressed("norm");
+    var key = norm + (norm === "group" ? pressed("groups") : "");
+    var labels = settings[key].labels;
+    box.dataset.norm = norm;
+    part("groups").hidden = norm !== "group";
+    Object.keys(rects).forEach(function (i) {
+      rects[i].setAttribute("class",
+        (labels[i] === labels[cell] ? "on" : "") +
+        (+i === cell ? " at" : ""));
+    });
+    var m = cell % sizes[2], c = (cell - m) / sizes[2];
+    part("where").textContent = "Sample " +
+      (Math.floor(c / sizes[1]) + 1) + ", channel " + (c % sizes[1] + 1) +
+      ", position " + (m + 1);
+    if (shown === key) { return; }
+    shown = key;
+    var list = part("facts");
+    list.textContent = "";
+    settings[key].facts.forEach(function (fact) {
+      ["dt", "dd"].forEach(function (tag, i) {
+        var node = document.createElement(tag);
+        node.textContent = fact[i];
+        list.appendChild(node);
+      });
+    });
+  }
+  function choose(i) {
+    if (i !== cell) { cell = i; draw(); }
+  }
+  function point(event) {
+    var at = document.elementFromPoint(event.clientX, event.clientY);
+    if (at && at.dataset && at.dataset.i && box.contains(at)) {
+      choose(+at.dataset.i);
+    }
+  }
+  part("sheets").addEventListener("pointermove", point);
+  part("sheets").addEventListener("pointerdown", point);
+  part("sheets").addEventListener("keydown", function (event) {
+    var m = cell % sizes[2], row = (cell - m) / sizes[2];
+    var rows = sizes[0] * sizes[1];
+    var by = {ArrowLeft: -1, ArrowRight: 1, PageUp: -sizes[1],
+      PageDown: sizes[1]}[event.key];
+    if (by) {
+      row = (row + by + rows) % rows;
+    } else if (event.key === "ArrowUp") {
+      m = (m + sizes[2] - 1) % sizes[2];
+    } else if (event.key === "ArrowDown") {
+      m = (m + 1) % sizes[2];
+    } else {
+      return;
+    }
+    event.preventDefault();
+    choose(row * sizes[2] + m);
+  });
+  ["norm", "groups"].forEach(function (kind) {
+    var all = box.querySelectorAll("button[data-" + kind + "]");
+    all.forEach(function (button) {
+      button.addEventListener("click", function () {
+        all.forEach(function (other) {
+          other.setAttribute("aria-pressed", other === button);
+        });
+        draw();
+      });
+    });
   });
 });
 """

@@ -1,12 +1,15 @@
-"""The interactive figure stands alone, and says what the mathematics says."""
+"""The interactive figures stand alone, and say what the mathematics says."""
 
+import json
 import math
 import re
 from html.parser import HTMLParser
 
+import numpy
 import pytest
 
-from normlib.explore import LossContours
+from normlib import reference
+from normlib.explore import LossContours, NormCube
 
 VOID = {"input", "br", "img"}
 
@@ -120,4 +123,106 @@ def test_rate_out_of_range(rate):
 def test_repr_names_the_setting():
     assert repr(LossContours()) == (
         "LossContours(condition_number=25, rate=1.8)"
+    )
+
+
+FIGURES = [LossContours, NormCube]
+CUBE = (3, 6, 4)  # samples, channels, positions
+NORMS = ["batch", "sample", "token", "instance", "group", "rms"]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_stands_alone(figure):
+    page = figure()._repr_html_()
+    assert page == figure()._repr_html_()
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(", page)
+    assert not re.search(r"\s(?:src|href)=", page)
+    assert not re.search(r"@[A-Z]+@", page)
+    tags = Tags(page)
+    assert [a["id"] for _, a in tags.seen if "id" in a] == []
+    assert "noscript" in [name for name, _ in tags.seen]
+
+
+def normalized(norm, groups, x):
+    """The norm of (N, C, H, W) that a button of the cube stands for."""
+    last = x.transpose(0, 2, 3, 1)
+    y, _ = {
+        "batch": lambda: reference.batch_norm(x),
+        "sample": lambda: reference.layer_norm(x, x.shape[1:]),
+        "token": lambda: reference.layer_norm(last, x.shape[1:2]),
+        "instance": lambda: reference.instance_norm(x),
+        "group": lambda: reference.group_norm(x, groups),
+        "rms": lambda: reference.rms_norm(last, x.shape[1:2]),
+    }[norm]()
+    return y.transpose(0, 3, 1, 2) if norm in ("token", "rms") else y
+
+
+@pytest.mark.parametrize("cell", [(0, 1, 2), (2, 5, 0)])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_lit_cells_are_those_that_change_with_the_chosen_one(
+    norm, groups, cell
+):
+    x = numpy.random.default_rng(0).normal(size=CUBE)
+    moved = x.copy()
+    moved[cell] += 1.0
+    before, after = (
+        normalized(norm, groups, a.reshape(3, 6, 2, 2)).reshape(CUBE)
+        for a in (x, moved)
+    )
+    shared = NormCube(norm, groups, cell).shared()
+    numpy.testing.assert_array_equal(before != after, shared)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_cube_is_drawn_and_told_without_a_script(norm):
+    cube = NormCube(norm, 3, (1, 4, 2))
+    tags = Tags(cube._repr_html_())
+    lit = [int(r["data-i"]) for r in tags.all("rect") if "on" in r["class"]]
+    assert sorted(lit) == numpy.flatnonzero(cube.shared()).tolist()
+    chosen = [r["data-i"] for r in tags.all("rect") if "at" in r["class"]]
+    assert chosen == [str((1 * 6 + 4) * 4 + 2)]
+    page = cube._repr_html_()
+    assert "Sample 2, channel 5, position 3" in page
+    assert f"<dd>{len(lit)} of 72 values" in page
+    others = "Yes, in training" if norm == "batch" else "No"
+    assert f"<dt>Do other samples change this output?</dt><dd>{others}" in page
+
+
+def test_the_script_of_the_cube_looks_up_what_python_computed():
+    page = NormCube()._repr_html_()
+    found = json.loads(re.search(r'class="nk-data">(.+?)</script>', page)[1])
+    assert set(found) == {*NORMS, *(f"group{g}" for g in (1, 2, 3, 6))} - {
+        "group"
+    }
+    for key, setting in found.items():
+        norm, groups = key.rstrip("1236"), int((key[-1:] + "1")[0], 36)
+        labels = numpy.reshape(setting["labels"], CUBE)
+        shared = NormCube(norm, groups if norm == "group" else 1).shared()
+        numpy.testing.assert_array_equal(labels == labels[0, 1, 2], shared)
+
+
+def test_the_ends_of_group_norm_are_layer_and_instance_norm():
+    for groups, norm in ((1, "sample"), (6, "instance")):
+        group = NormCube("group", groups).shared()
+        numpy.testing.assert_array_equal(group, NormCube(norm).shared())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"norm": "weight"}, "got 'weight'"),
+        ({"groups": 4}, "got 4"),
+        ({"cell": (0, 6, 0)}, r"got \(0, 6, 0\)"),
+        ({"cell": (0, 1)}, r"got \(0, 1\)"),
+    ],
+)
+def test_the_cube_refuses_what_it_does_not_have(arguments, received):
+    with pytest.raises(ValueError, match=received):
+        NormCube(**arguments)
+
+
+def test_the_cube_names_its_setting():
+    assert repr(NormCube("group", 3)) == (
+        "NormCube(norm='group', groups=3, cell=(0, 1, 2))"
     )

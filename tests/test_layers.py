@@ -18,11 +18,12 @@ ALLOWED = {
     "backends": {"axes", "stats"},
     "functional": {"axes", "stats", "backends"},
     "modules": {"axes", "stats", "functional"},
+    "variants": {"axes", "stats", "backends", "functional", "modules"},
     "models": {"functional", "modules"},
     "data": set(),
     "training": {"data", "models"},
     "plotting": set(),
-    "explore": set(),
+    "explore": {"axes"},
     "testing": set(),
     "exercises": CORE | {"models", "data", "training", "testing"},
 }
