@@ -103,6 +103,72 @@ def cnn(
     return _initialize(nn.Sequential(*layers), init, seed)
 
 
+class Recurrent(nn.Module):
+    """Read a sequence step by step, with a norm inside the recurrence.
+
+    ``h = tanh(norm(U x_t + W h))``; when the sequence has ended the state
+    stays, and a linear layer makes scores of it.
+
+    The input is ``(N, T, features + 1)``: the last feature is 1 while the
+    sequence runs and 0 behind its end, where the others are padding.
+
+    Args:
+        features: of a step, without that last one.
+        width: of the state.
+        classes: number of scores.
+        norm: makes the layer of a slot from the width.
+        steps: how many layers the slot holds: step t has its own layer while
+            t is below this number, and later steps share the last.
+        masked: whether a layer sees only the sequences that still run. In
+            training, a step at which a single one runs is left as it is.
+        seed: of the weights.
+
+    Chapter 5.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        classes: int,
+        *,
+        norm: Norm = None,
+        steps: int = 1,
+        masked: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.inward = nn.Linear(features, width)
+        self.onward = nn.Linear(width, width, bias=False)
+        self.outward = nn.Linear(width, classes)
+        norm = norm or (lambda _: nn.Identity())
+        self.norms = nn.ModuleList(norm(width) for _ in range(steps))
+        self.masked = masked
+        generator = torch.Generator().manual_seed(seed)
+        for layer in (self.inward, self.onward, self.outward):
+            nn.init.xavier_normal_(layer.weight, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of (N, T, features + 1)."""
+        running = x[..., -1] > 0
+        h = x.new_zeros(len(x), self.onward.in_features)
+        for t, z in enumerate(self.inward(x[..., :-1]).unbind(1)):
+            z = self._normalized(z + self.onward(h), running[:, t], t)
+            h = torch.where(running[:, t, None], torch.tanh(z), h)
+        return self.outward(h)
+
+    def _normalized(self, z, running, t: int) -> torch.Tensor:
+        norm = self.norms[min(t, len(self.norms) - 1)]
+        if not self.masked:
+            return norm(z)
+        index = running.nonzero().squeeze(1)
+        if len(index) < 1 + self.training:
+            return z
+        return z.index_copy(0, index, norm(z[index]))
+
+
 def _keeps_bias(norm: Norm, place: str) -> bool:
     return norm is None or place == "after"
 

@@ -361,3 +361,73 @@ def loss_contours(u, v, loss, path, minimum, ax=None):
     ax.plot(*minimum, "+", color="black", ms=9, mew=1.6)
     ax.grid(False)
     return ax
+
+
+def verdicts(holds, rows: list[str], columns: list[str], ax=None):
+    """A table of yes and no: what holds is dark, what does not is pale.
+
+    Args:
+        holds: (rows, columns) booleans.
+        rows: a label for each row.
+        columns: a label for each column.
+        ax: axes to draw on.
+
+    Returns:
+        The axes.
+
+    Chapter 5.
+    """
+    ax = ax or plt.gca()
+    holds = numpy.asarray(holds, dtype=bool)
+    for (row, column), yes in numpy.ndenumerate(holds):
+        box = (column + 0.04, row + 0.08), 0.92, 0.84
+        color = COLORS["batch"] if yes else "#eef2f7"
+        ax.add_patch(plt.Rectangle(*box, fc=color, ec="none"))
+        ax.text(
+            column + 0.5,
+            row + 0.5,
+            "yes" if yes else "no",
+            color="white" if yes else COLORS["none"],
+            ha="center",
+            va="center",
+        )
+    ax.set(
+        xlim=(0, len(columns)),
+        ylim=(len(rows), 0),
+        xticks=numpy.arange(len(columns)) + 0.5,
+        xticklabels=columns,
+        yticks=numpy.arange(len(rows)) + 0.5,
+        yticklabels=rows,
+    )
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def pictures(images: dict, columns: int = 3):
+    """Small images in a grid, each under its title.
+
+    Args:
+        images: title to pixels (3, H, W); what lies outside [0, 1] is cut.
+        columns: images in a row.
+
+    Returns:
+        The Axes, one for each image.
+
+    Chapter 5.
+    """
+    rows = -(-len(images) // columns)
+    _, axes = plt.subplots(
+        rows, columns, figsize=(7.2, 1.85 * rows), squeeze=False
+    )
+    for ax, (title, image) in zip(axes.flat, images.items(), strict=False):
+        ax.imshow(
+            numpy.clip(image, 0, 1).transpose(1, 2, 0),
+            interpolation="nearest",
+        )
+        ax.set_title(title, fontsize=9)
+    for ax in axes.flat:
+        ax.axis("off")
+    return list(axes.flat[: len(images)])

@@ -80,3 +80,51 @@ def test_the_cnn_maps_digits_to_scores_and_halves_the_image_once():
 def test_an_unknown_place_is_refused_with_its_name(norm):
     with pytest.raises(ValueError, match="between"):
         models.mlp([4, 5, 3], norm=norm, place="between")
+
+
+def sequences(lengths, features=2, steps=5):
+    """Random sequences whose last feature says where they run."""
+    x = torch.randn(len(lengths), steps, features + 1)
+    x[..., -1] = torch.arange(steps) < torch.tensor(lengths)[:, None]
+    return x
+
+
+@pytest.mark.parametrize("norm", [None, normlib.LayerNorm])
+def test_padding_does_not_reach_the_scores(norm):
+    model = models.Recurrent(2, 4, 3, norm=norm)
+    x = sequences([5, 2])
+    other = x.clone()
+    other[1, 2:, :-1] = 100.0
+    longer = nn.functional.pad(x, (0, 0, 0, 3))
+    for changed in (other, longer):
+        torch.testing.assert_close(model(changed), model(x))
+
+
+def test_recurrent_is_its_formula():
+    model = models.Recurrent(2, 4, 3, norm=normlib.LayerNorm, seed=1)
+    x = sequences([3], steps=3)
+    h = torch.zeros(4)
+    for step in x[0, :, :2]:
+        z = model.inward.weight @ step + model.onward.weight @ h
+        h = torch.tanh(model.norms[0](z))
+    torch.testing.assert_close(model(x)[0], model.outward(h))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_step_has_its_own_statistics_and_late_ones_share(masked):
+    model = models.Recurrent(
+        2, 4, 3, norm=normlib.BatchNorm1d, steps=3, masked=masked
+    )
+    model(sequences([5, 4, 2, 2]))
+    counts = [int(layer.num_batches_tracked) for layer in model.norms]
+    # Masked, the last of five steps has one sequence left and is let be.
+    assert counts == [1, 1, 2 if masked else 3]
+
+
+def test_masked_statistics_see_only_what_runs():
+    settings = {"norm": normlib.BatchNorm1d, "steps": 5, "masked": True}
+    model = models.Recurrent(2, 4, 3, **settings)
+    x = sequences([5, 5, 2])
+    other = x.clone()
+    other[2, 2:, :-1] = 100.0
+    torch.testing.assert_close(model(other), model(x))

@@ -90,3 +90,24 @@ def test_intervals_shows_students_interval_for_every_group():
     numpy.testing.assert_allclose(
         [low[0], high[0]], [2.5 - half, 2.5 + half], rtol=1e-4
     )
+
+
+def test_verdicts_says_yes_where_it_holds():
+    holds = [[True, False, False], [False, False, True]]
+    ax = plotting.verdicts(holds, ["a", "b"], ["x", "y", "z"])
+    words = [text.get_text() for text in ax.texts]
+    assert words == ["yes", "no", "no", "no", "no", "yes"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    dark = matplotlib.colors.to_rgba(plotting.COLORS["batch"])
+    colors = [patch.get_facecolor() == dark for patch in ax.patches]
+    assert colors == [True, False, False, False, False, True]
+
+
+def test_pictures_shows_every_image_with_its_title():
+    images = {name: numpy.full((3, 4, 5), 2.0) for name in "abcd"}
+    axes = plotting.pictures(images, columns=3)
+    assert [ax.get_title() for ax in axes] == list("abcd")
+    for ax in axes:
+        shown = ax.images[0].get_array()
+        assert shown.shape == (4, 5, 3)
+        assert shown.max() == 1
