@@ -25,7 +25,7 @@ Chapter 5.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -39,13 +39,20 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
-BLOCK = 1 << 18
-"""Values in a block of rows: what two cores' caches hold of it and of what
-is computed from it."""
+BLOCK = 2**19
+"""Values in a block: a few such blocks stay in the caches of two cores."""
 
-CHAIN = 4096
-"""The longest sum of squares that is left to float32: its rounding error
-grows with the length, as torch's vector norm adds in a few long chains."""
+CHAIN = 2**12
+"""The longest sum of squares that is left to float32. Its rounding error
+grows with the length: torch's vector norm adds in a few long chains."""
+
+CHAIN_OF_COLUMNS = 2**8
+"""The same of sums over columns, each of which is a single chain."""
+
+MANY = 2**10
+LARGE = 2**21
+"""With so many positions, or without so many values, torch's backward of
+batch norm is fast."""
 
 
 class _Path(NamedTuple):
@@ -54,7 +61,9 @@ class _Path(NamedTuple):
     forward: Callable
     backward: Callable
     least: float
-    """Values in x from which on it beats torch.nn; infinite where never."""
+    """Values in x from which on it pays; infinite where never."""
+    fits: Callable = lambda view: True
+    """Whether, with so many values, it pays for a view."""
 
 
 def available() -> bool:
@@ -83,7 +92,7 @@ def supports(
         and view.count(over_batch) > 1
         and len(dtypes) == 1
         and x.dtype in (torch.float32, torch.float64)
-        and _path(x, view, weight, over_batch, centered) is not None
+        and _path(x, view, weight, bias, over_batch, centered) is not None
     )
 
 
@@ -118,8 +127,8 @@ def pays(
 
     ``python -m benchmarks.speed`` measures it.
     """
-    path = _path(x, view, weight, over_batch, centered)
-    return path is not None and x.numel() >= path.least
+    path = _path(x, view, weight, bias, over_batch, centered)
+    return path is not None and x.numel() >= path.least and path.fits(view)
 
 
 def forward(
@@ -139,7 +148,7 @@ def forward(
         and rstd of shape (N, G), or (G,) where ``over_batch``. mean is None
         where not ``centered``; var is None where not ``over_batch``.
     """
-    path = _path(x, view, weight, over_batch, centered)
+    path = _path(x, view, weight, bias, over_batch, centered)
     return path.forward(x, view, _flat(weight), _flat(bias), eps)
 
 
@@ -171,23 +180,29 @@ def backward(
     Returns:
         dx, dweight and dbias; None in place of what is not wanted.
     """
-    path = _path(x, view, weight, over_batch, centered)
+    if weight is None and any(needs[1:]):  # not kept, or never there
+        weight = torch.ones(view.G * view.K, dtype=rstd.dtype)
+    path = _path(x, view, weight, None, over_batch, centered)
+    dense = torch.contiguous_format if x.is_contiguous() else _format(x)
+    dy = dy.contiguous(memory_format=dense)  # not all kernels see to it
     return path.backward(dy, x, view, _flat(weight), mean, rstd, needs)
 
 
-def _path(x, view, weight, over_batch, centered) -> _Path | None:
+def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     contiguous = x.is_contiguous()
     if not contiguous and not _channels_last(x):
         return None
     channels = x.dim() > 1 and x.shape[1] == view.G * view.K
     if over_batch:
-        return _BATCH if centered and channels and view.K == 1 else None
+        if not centered or not channels or view.K > 1:
+            return None
+        return _BATCH if contiguous and view.M > 1 else _TORCH_BATCH
     if not contiguous:
         return _LAST if centered and channels else None
     one_each = view.M == 1 and view.G == 1
     if not centered:
-        return _RMS if one_each else None
-    if weight is None or view.K == 1:
+        return _RMS if one_each and bias is None else None
+    if view.K == 1 or (weight is None and bias is None):
         return _ROWS
     return _LAYER if one_each else _GROUPS
 
@@ -197,68 +212,121 @@ def _path(x, view, weight, over_batch, centered) -> _Path | None:
 
 def _batch_forward(x, view, weight, bias, eps):
     mean, var = _batch_moments(x, view)
+    return _by_moments(x, view, mean, var, weight, bias, eps)
+
+
+def _by_moments(x, view, mean, var, weight, bias, eps):
     rstd = (var + eps).rsqrt().to(x.dtype)
     mean, var = mean.to(x.dtype), var.to(x.dtype)
-    y, _, _ = torch.native_batch_norm(
-        x, weight, bias, mean, var, False, 0.0, eps
-    )
-    return y, mean, var, rstd
-
-
-def _batch_backward(dy, x, view, weight, mean, rstd, needs):
-    if weight is None:
-        weight = rstd.new_ones(view.G)
-    grads = _batch_norm_backward(
-        dy, x, weight, None, None, mean, rstd, True, 0.0, list(needs)
-    )
-    return _wanted(grads, needs)
+    parts = (weight, bias, mean, var)
+    if x.is_contiguous() and _few(view):
+        seen = x.view(view.N, -1)
+        parts = (
+            None if p is None else p.repeat_interleave(view.M) for p in parts
+        )
+    else:
+        seen = x
+    y, _, _ = torch.native_batch_norm(seen, *parts, False, 0.0, eps)
+    return _shaped(y, x), mean, var, rstd
 
 
 def _batch_moments(x, view):
     """The mean and the biased variance of each channel, in float64."""
     n, c, _, m = view
-    if m == 1 or not x.is_contiguous():
-        return _torch_moments(x)
-    length = _chain(m)
+    if _few(view):
+        found = _column_moments(x.view(n, c * m))
+        return _merged(*(p.view(-1, c, m) for p in found), (0, 2))
+    length = _part(m, CHAIN)
     rows = x.view(n, c, m // length, length)
-    count = n * m
-    mean = rows.sum(3).sum((0, 2), dtype=torch.float64) / count
+    mean = rows.sum(3).sum((0, 2), dtype=torch.float64) / (n * m)
     norm = torch.linalg.vector_norm(rows, 2, 3).double()
-    var = norm.square_().sum((0, 2)) / count - mean.square()
-    # A mean far from 0 has eaten the digits of the difference above. NaN
-    # fails the comparison too.
+    var = norm.square_().sum((0, 2)) / (n * m) - mean.square()
+    # A mean far from 0 has eaten the digits of the difference. NaN fails
+    # the comparison too.
     if length <= CHAIN and (mean.square() <= 8 * var).all():
         return mean, var
-    if not mean.isfinite().all():
-        return _torch_moments(x)
-    return _merged_moments(x.view(n, c, m))
+    if mean.isfinite().all():
+        return _merged(*_row_moments(x.view(n, c, m)), 0)
+    return _torch_moments(x)
+
+
+def _few(view):
+    """Whether each position is better seen as a channel of its own.
+
+    Rows of so few values are too short for a kernel over rows.
+    """
+    return view.M < 8 or (view.M <= 32 and view.G * view.M <= 4096)
 
 
 def _torch_moments(x):
-    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return mean.double(), var.double()
+    found = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return [p.double() for p in found]
 
 
-def _merged_moments(x):
-    """From the moments of each row, merged: Chan, Golub & LeVeque (1979)."""
-    n, c, m = x.shape
-    means, variances = [], []
-    for block in x.split(max(1, BLOCK // (c * m))):
-        _, mean, rstd = torch.native_group_norm(
-            block, None, None, len(block), c, m, c, 0.0
+def _row_moments(x):
+    _, c, m = x.shape
+    found = [
+        torch.native_group_norm(part, None, None, len(part), c, m, c, 0.0)
+        for part in x.split(_step(x))
+    ]
+    _, mean, rstd = zip(*found, strict=True)
+    return torch.cat(mean).double(), torch.cat(rstd).double().pow(-2)
+
+
+def _column_moments(x):
+    """The moments of each column, one after another for parts of it."""
+    return _torch_moments(x.view(_part(len(x), CHAIN_OF_COLUMNS), -1))
+
+
+def _merged(mean, var, axes):
+    """Chan, Golub & LeVeque (1979), for parts of one size."""
+    merged = mean.mean(axes, keepdim=True)
+    var = var.mean(axes) + (mean - merged).square_().mean(axes)
+    return merged.view(var.shape), var
+
+
+def _part(size, limit):
+    """The longest part, halved from a size, that is within a limit."""
+    while size > limit and size % 2 == 0:
+        size //= 2
+    return size
+
+
+def _batch_backward(dy, x, view, weight, mean, rstd, needs):
+    n, c, _, m = view
+    if not _few(view) and (m >= MANY or x.numel() < LARGE):
+        return _torch_batch_backward(dy, x, view, weight, mean, rstd, needs)
+    if _few(view):
+        shape, split, axis = (n, c * m), (c, m), 1
+        each = [p.repeat_interleave(m) for p in (mean, rstd)]
+    else:
+        shape, split, axis = (1, n * c, m), (n, c), 0
+        each = [p.repeat(n) for p in (mean, rstd)]
+    dy, x2 = dy.view(shape), x.view(shape)
+    sums = [s.view(split).sum(axis) for s in _sums(dy, x2, *each)]
+    if needs[0]:
+        dx = torch.empty_like(x)
+        seen = (n, c * m) if _few(view) else (n, c, m)
+        line = (
+            p.expand(1, c, m).reshape(1, c * m) if _few(view) else p
+            for p in _line(view, weight, mean, rstd, *sums, n * m)
         )
-        means.append(mean.double())
-        variances.append(rstd.double().square_().reciprocal_())
-    means, variances = torch.cat(means), torch.cat(variances)
-    mean = means.mean(0)
-    return mean, variances.mean(0) + (means - mean).square_().mean(0)
+        _combine(dx.view(seen), dy.view(seen), x.view(seen), *line)
+    return _wanted((dx if needs[0] else None, *sums), needs)
 
 
-def _chain(m: int) -> int:
-    """The longest part, halved from m, that is not over :data:`CHAIN`."""
-    while m > CHAIN and m % 2 == 0:
-        m //= 2
-    return m
+def _torch_batch_forward(x, view, weight, bias, eps):
+    mean, var = _torch_moments(x)
+    return _by_moments(x, view, mean, var, weight, bias, eps)
+
+
+def _torch_batch_backward(dy, x, view, weight, mean, rstd, needs):
+    if weight is None:
+        weight = torch.ones_like(rstd)
+    grads = _batch_norm_backward(
+        dy, x, weight, None, None, mean, rstd, True, 0.0, list(needs)
+    )
+    return _wanted(grads, needs)
 
 
 # Rows of contiguous values, one weight to a row
@@ -277,7 +345,7 @@ def _rows_backward(dy, x, view, weight, mean, rstd, needs):
     rows = (1, n * g, k * m)
     each = rstd.new_ones(n * g) if weight is None else weight.repeat(n)
     dx, dweight, dbias = _batch_norm_backward(
-        dy.reshape(rows),
+        dy.view(rows),
         x.view(rows),
         each,
         None,
@@ -309,7 +377,7 @@ def _layer_forward(x, view, weight, bias, eps):
 def _layer_backward(dy, x, view, weight, mean, rstd, needs):
     n, _, k, _ = view
     dx, dweight, dbias = _layer_norm_backward(
-        dy.reshape(n, k),
+        dy.view(n, k),
         x.view(n, k),
         (k,),
         mean,
@@ -333,7 +401,7 @@ def _groups_backward(dy, x, view, weight, mean, rstd, needs):
     n, g, k, m = view
     shape = (n, g * k, m)
     dx, dweight, dbias = _group_norm_backward(
-        dy.reshape(shape).contiguous(),  # it reads no other strides
+        dy.view(shape),
         x.view(shape),
         mean,
         rstd,
@@ -349,46 +417,42 @@ def _groups_backward(dy, x, view, weight, mean, rstd, needs):
 
 def _rms_forward(x, view, weight, bias, eps):
     n, _, k, _ = view
-    x2, y = x.view(n, k), torch.empty_like(x)
-    rstd = torch.linalg.vector_norm(x2, 2, 1, keepdim=True)
-    rstd = rstd.square_().div_(k).add_(eps).rsqrt_()
-    y2 = y.view(n, k)
-    for block in _blocks(n, k):
-        part = torch.mul(x2[block], rstd[block], out=y2[block])
+    y, rstd = torch.empty_like(x), x.new_empty(n, 1)
+    eps = x.new_full((), eps)
+    step = max(1, BLOCK // k)
+    parts = (t.split(step) for t in (x.view(n, k), y.view(n, k), rstd))
+    for xs, ys, r in zip(*parts, strict=True):
+        torch.linalg.vector_norm(xs, 2, 1, keepdim=True, out=r)
+        torch.addcmul(eps, r, r, value=1 / k, out=r).rsqrt_()
+        torch.mul(xs, r, out=ys)
         if weight is not None:
-            part.mul_(weight)
-        if bias is not None:
-            part.add_(bias)
+            ys.mul_(weight)
     return y, None, None, rstd
 
 
 def _rms_backward(dy, x, view, weight, mean, rstd, needs):
     n, _, k, _ = view
-    x2, dy2 = x.view(n, k), dy.reshape(n, k)
-    dx = torch.empty_like(x) if needs[0] else None
+    step = max(1, BLOCK // k)
+    dx = torch.empty_like(x)  # also where it only holds g, a block of it
+    dweight = torch.zeros_like(weight) if needs[1] else None
+    dy2 = dy.view(n, k)
     zero = torch.zeros_like(rstd)
-    bias = x.new_empty(k) if needs[2] else None
-    dweight, dbias = 0, 0
-    for block in _blocks(n, k):
-        dyb = dy2[block]
-        dxb, dw, db = _layer_norm_backward(
-            dyb,
-            x2[block],
-            (k,),
-            zero[block],
-            rstd[block],
-            weight,
-            bias,
-            list(needs),
-        )
+    parts = (t.view(n, -1).split(step) for t in (dx, x, rstd, zero))
+    for dys, dxs, xs, r, z in zip(dy2.split(step), *parts, strict=True):
+        if needs[1]:
+            found = _layer_norm_backward(
+                dys, xs, (k,), z, r, weight, None, [False, True, False]
+            )
+            dweight += found[1]
         if needs[0]:
-            # Layer norm's backward has taken rstd * ⟨g⟩ away.
-            g = dyb.sum(1) if weight is None else torch.mv(dyb, weight)
-            g = g.view(-1, 1).mul_(rstd[block]).div_(k)
-            torch.add(dxb, g, out=dx.view(n, k)[block])
-        dweight = dweight + dw if needs[1] else None
-        dbias = dbias + db if needs[2] else None
-    return _wanted((dx, dweight, dbias), needs)
+            g = dys if weight is None else torch.mul(dys, weight, out=dxs)
+            rows = (1, *g.shape)
+            gxhat, _ = _sums(
+                g.view(rows), xs.view(rows), z.view(-1), r.view(-1)
+            )
+            share = (gxhat.view(-1, 1) * r).div_(-k)
+            torch.addcmul(g, xs, share, out=dxs).mul_(r)
+    return _wanted((dx, dweight, None), needs)
 
 
 # Channels last, the statistics of a sample
@@ -396,85 +460,40 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
 
 def _last_forward(x, view, weight, bias, eps):
     n, g, k, m = view
-    each = [
-        torch.batch_norm_update_stats(sample, None, None, 0.0)
-        for sample in _last(x, view)
+    samples = _last(x, view).view(n, _part(m, CHAIN_OF_COLUMNS), -1)
+    found = [
+        torch.batch_norm_update_stats(s, None, None, 0.0) for s in samples
     ]
-    means, variances = (
-        torch.stack(parts).double().view(n, g, k)
-        for parts in zip(*each, strict=True)
-    )
-    mean = means.mean(2, keepdim=True)
-    var = variances.mean(2) + (means - mean).square_().mean(2)
-    rstd = (var + eps).rsqrt_().unsqueeze(2)
-    scale = rstd.expand(n, g, k)
+    found = (torch.stack(p).double() for p in zip(*found, strict=True))
+    mean, var = _merged(*(p.view(n, -1, g, k) for p in found), (1, 3))
+    rstd = (var + eps).rsqrt_()
+    scale = rstd.unsqueeze(2).expand(n, g, k)
     if weight is not None:
         scale = scale * weight.view(g, k)
-    shift = -mean * scale
+    scale = scale.to(x.dtype)
+    # From the rounded scale, so that its rounding does not move the mean.
+    shift = -mean.unsqueeze(2) * scale
     if bias is not None:
         shift += bias.view(g, k)
     scale, shift = (p.to(x.dtype).reshape(n, 1, g * k) for p in (scale, shift))
     y = torch.empty_like(x)
     torch.addcmul(shift, _last(x, view), scale, out=_last(y, view))
-    mean, rstd = (p.to(x.dtype).view(n, g) for p in (mean, rstd))
-    return y, mean, None, rstd
+    return y, mean.to(x.dtype), None, rstd.to(x.dtype)
 
 
 def _last_backward(dy, x, view, weight, mean, rstd, needs):
     n, g, k, m = view
-    dy = dy.contiguous(memory_format=_format(x))
-    dx = torch.empty_like(x) if needs[0] else None
-    xs, dys = _last(x, view), _last(dy, view)
-    one = rstd.new_ones(g * k)
-    every = [p.repeat_interleave(k, 1) for p in (mean, rstd)]
-    sums = [
-        _batch_norm_backward(
-            dys[i],
-            xs[i],
-            one,
-            None,
-            None,
-            every[0][i],
-            every[1][i],
-            True,
-            0.0,
-            [False, True, True],
-        )[1:]
-        for i in range(n)
-    ]
-    dweights, dbiases = (torch.stack(s) for s in zip(*sums, strict=True))
+    dys, xs = _last(dy, view), _last(x, view)
+    each = (p.repeat_interleave(k, 1) for p in (mean, rstd))
+    found = [_sums(*p) for p in zip(dys, xs, *each, strict=True)]
+    sums = [torch.stack(p) for p in zip(*found, strict=True)]
+    dx = None
     if needs[0]:
-        _last_dx(
-            *(_last(dx, view), dys, xs, view, weight, mean, rstd),
-            *(dweights, dbiases),
-        )
-    return (
-        dx,
-        dweights.sum(0) if needs[1] else None,
-        dbiases.sum(0) if needs[2] else None,
-    )
-
-
-def _last_dx(dx, dy, x, view, weight, mean, rstd, dweights, dbiases):
-    """``dx = rstd * weight * dy + slope * x + offset``, sample by sample."""
-    n, g, k, m = view
-    one = rstd.new_ones(())
-    weight = (one if weight is None else weight).double().expand(g * k)
-    mean, rstd = (p.double().unsqueeze(2) for p in (mean, rstd))
-    gxhat, gmean = (
-        (s * weight).view(n, g, k).sum(2, keepdim=True) / (k * m)
-        for s in (dweights, dbiases)
-    )
-    slope = -rstd.square() * gxhat
-    offset = -mean * slope - rstd * gmean
-    scale = (rstd * weight.view(g, k)).to(x.dtype).view(n, g * k)
-    slope, offset = (
-        p.to(x.dtype).expand(n, g, k).reshape(n, g * k)
-        for p in (slope, offset)
-    )
-    for i in range(n):
-        part = torch.addcmul(offset[i], x[i], slope[i], out=dx[i])
-        part.addcmul_(dy[i], scale[i])
+        dx = torch.empty_like(x)
+        line = _line(view, weight, mean, rstd, *sums, k * m)
+        line = (p.reshape(n, 1, g * k) for p in line)
+        _combine(_last(dx, view), dys, xs, *line)
+    return _wanted((dx, *(s.sum(0) for s in sums)), needs)
 
 
 # What they share
@@ -482,6 +501,50 @@ def _last_dx(dx, dy, x, view, weight, mean, rstd, dweights, dbiases):
 
 def _flat(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.reshape(-1)
+
+
+def _sums(dy, x, mean, rstd):
+    """The sums of dy * xhat and of dy over each channel, as batch norm's."""
+    return _batch_norm_backward(
+        *(dy, x, torch.ones_like(rstd), None, None, mean, rstd),
+        *(True, 0.0, [False, True, True]),
+    )[1:]
+
+
+def _line(view, weight, mean, rstd, dweight, dbias, count):
+    """The backward as ``dx = scale * dy + slope * x + offset``.
+
+    Returns:
+        The three, of shape (N, G, K), or (1, G, K) where the statistics run
+        over the batch.
+    """
+    _, g, k, _ = view
+    dtype = rstd.dtype
+    weight = rstd.new_ones(g * k) if weight is None else weight
+    weight = weight.double().view(g, k)
+    mean, rstd = (p.double().view(-1, g, 1) for p in (mean, rstd))
+    gxhat, gmean = (
+        (s.view(-1, g, k) * weight).sum(2, keepdim=True) / count
+        for s in (dweight, dbias)
+    )
+    scale = (rstd * weight).to(dtype)
+    slope = (-rstd.square() * gxhat).to(dtype)
+    offset = (-mean * slope - rstd * gmean).to(dtype)
+    return [p.expand(scale.shape) for p in (scale, slope, offset)]
+
+
+def _combine(dx, dy, x, scale, slope, offset):
+    """Write scale * dy + slope * x + offset to dx, in blocks."""
+    step = _step(x)
+    line = (p.expand(len(x), *p.shape[1:]) for p in (scale, slope, offset))
+    parts = (t.split(step) for t in (dx, dy, x, *line))
+    for out, dys, xs, a, b, c in zip(*parts, strict=True):
+        torch.addcmul(c, xs, b, out=out).addcmul_(dys, a)
+
+
+def _step(x):
+    """How many of the first axis make a block."""
+    return max(1, BLOCK * len(x) // x.numel())
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -494,30 +557,37 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _last(x: Tensor, view: View) -> Tensor:
-    """x with its channels last as (N, M, C)."""
+    """See x, its channels last, as (N, M, C)."""
     return x.movedim(1, -1).view(view.N, view.M, view.G * view.K)
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """Give y, freshly computed, the shape of x, and not as a view."""
-    return torch.ops.aten._unsafe_view(y, x.shape)
-
-
-def _blocks(n: int, k: int) -> Iterator[slice]:
-    step = max(1, BLOCK // k)
-    return (slice(i, i + step) for i in range(0, n, step))
+    same = y.shape == x.shape
+    return y if same else torch.ops.aten._unsafe_view(y, x.shape)
 
 
 def _wanted(grads, needs):
     return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-_BATCH = _Path(_batch_forward, _batch_backward, 1 << 17)
-_ROWS = _Path(_rows_forward, _rows_backward, 1 << 15)
+_BATCH = _Path(
+    _batch_forward,
+    _batch_backward,
+    2**17,
+    lambda view: view.N >= 8 or not _few(view),
+)
+_TORCH_BATCH = _Path(_torch_batch_forward, _torch_batch_backward, math.inf)
+_ROWS = _Path(
+    _rows_forward,
+    _rows_backward,
+    2**15,
+    lambda view: view.K * view.M >= 32 and 1 in (view.K, view.M),
+)
 _LAYER = _Path(_layer_forward, _layer_backward, math.inf)
 _GROUPS = _Path(_groups_forward, _groups_backward, math.inf)
-_RMS = _Path(_rms_forward, _rms_backward, 1 << 15)
-_LAST = _Path(_last_forward, _last_backward, 1 << 17)
+_RMS = _Path(_rms_forward, _rms_backward, 2**15)
+_LAST = _Path(_last_forward, _last_backward, 2**17)
 _BY_SAMPLE = ("instance_norm", "group_norm")
 _CONTIGUOUS = {
     "batch_norm": _BATCH,
