@@ -210,9 +210,10 @@ class LpBatchNorm(_ByBatch):
     ``y = (x - mean) / sqrt(scale^2 + eps) * weight + bias`` for each
     channel, where ``scale = ⟨|x - mean|^p⟩^(1/p)`` over the batch and its
     positions: the mean absolute deviation for p = 1, the largest for
-    infinity. p = 2 is batch normalization. No constant brings the others
-    into line with it: of normal x, the scale of p = 1 is ``sqrt(2 / pi)`` =
-    0.798 standard deviations, and that of infinity grows with the count.
+    infinity. p = 2 is batch normalization. The others are left without a
+    constant that would bring them into line with it: of normal x, the scale
+    of p = 1 is ``sqrt(2 / pi)`` = 0.798 standard deviations, and that of
+    infinity grows with the count.
 
     ``running_var`` takes ``scale^2``, times ``n / (n - 1)`` as a variance is,
     and so serves one p only.
