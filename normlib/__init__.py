@@ -6,10 +6,11 @@ Layers with the constructors, keys and errors of torch.nn:
 :class:`InstanceNorm2d`, :class:`InstanceNorm3d`, :class:`GroupNorm`,
 :class:`LayerNorm`, :class:`RMSNorm`. The same as functions:
 :mod:`normlib.functional`. The mathematics in NumPy, with the gradients by
-hand: :mod:`normlib.reference`.
+hand: :mod:`normlib.reference`. What torch.nn has not:
+:mod:`normlib.variants`.
 """
 
-from normlib import axes, backends, functional, reference, stats
+from normlib import axes, backends, functional, reference, stats, variants
 from normlib.backends import use_backend
 from normlib.modules import (
     BatchNorm,
@@ -43,4 +44,5 @@ __all__ = [
     "reference",
     "stats",
     "use_backend",
+    "variants",
 ]
