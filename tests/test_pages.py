@@ -8,6 +8,7 @@ is set: then they fail.
 import html.parser
 import os
 import pathlib
+import re
 import threading
 import urllib.parse
 
@@ -295,6 +296,42 @@ def test_the_contours_react_to_their_sliders(visit):
 
     figure.locator(".nc-reset").click()
     assert path.get_attribute("points") == before
+
+
+def test_the_cube_lights_what_shares_a_mean(visit):
+    page = visit("chapters/05_bn_ln_in_gn.html")
+    cube = page.locator(".normlib-cube")
+    lit, facts = cube.locator("rect.on"), cube.locator(".nk-facts")
+    assert lit.count() == 12
+
+    cube.get_by_role("button", name="Group", exact=True).click()
+    cube.get_by_role("button", name="3", exact=True).click()
+    assert lit.count() == 8
+    assert "2 neighboring channels" in facts.inner_text()
+    cube.get_by_role("button", name="Instance").click()
+    assert lit.count() == 4
+    assert not cube.locator(".nk-groups").is_visible()
+
+    cube.locator("rect[data-i='40']").click()
+    where = cube.locator(".nk-where")
+    assert where.inner_text() == "Sample 2, channel 5, position 1"
+    cube.locator(".nk-sheets").press("ArrowRight")
+    cube.locator(".nk-sheets").press("ArrowUp")
+    cube.locator(".nk-sheets").press("PageDown")
+    assert where.inner_text() == "Sample 3, channel 6, position 4"
+    assert lit.count() == 4
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.startswith("chapters/")]
+)
+def test_a_chapter_has_the_number_of_its_file(built, name):
+    number = int(pathlib.Path(name).name[:2])
+    text = (PAGES / name).read_text("utf-8")
+    heading = r'<h\d><span class="section-number">(\d+)\.'
+    assert set(re.findall(heading, text)) == {str(number)}
+    caption = r'caption-number">Fig\. (\d+)\.'
+    assert set(re.findall(caption, text)) == {str(number)}
 
 
 def test_a_claim_leads_to_its_cell_and_back(visit):
