@@ -34,6 +34,7 @@ from torch import Tensor
 
 from normlib.axes import View
 from normlib.backends import fused
+from normlib.stats import Moments
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
@@ -53,6 +54,12 @@ MANY = 2**10
 LARGE = 2**21
 """With so many positions, or without so many values, torch's backward of
 batch norm is fast."""
+
+
+FAR = 16
+"""Where a mean is more than so many standard deviations from 0, what float32
+loses shows, and torch's own statistics of batch norm, summed in float64, are
+taken."""
 
 
 class _Path(NamedTuple):
@@ -83,7 +90,8 @@ def supports(
     """Whether a path serves this call, at any size.
 
     float32 and float64, weight and bias of the same dtype, x contiguous or
-    with its channels last, more than one value to a statistic.
+    with its channels last, more than one value to a statistic; and an
+    ordinary call, as :func:`normlib.backends.fused.plain` says.
     """
     dtypes = {p.dtype for p in (x, weight, bias) if p is not None}
     return (
@@ -93,6 +101,7 @@ def supports(
         and len(dtypes) == 1
         and x.dtype in (torch.float32, torch.float64)
         and _path(x, view, weight, bias, over_batch, centered) is not None
+        and fused.plain(x, weight, bias)
     )
 
 
@@ -234,20 +243,29 @@ def _batch_moments(x, view):
     """The mean and the biased variance of each channel, in float64."""
     n, c, _, m = view
     if _few(view):
-        found = _column_moments(x.view(n, c * m))
-        return _merged(*(p.view(-1, c, m) for p in found), (0, 2))
+        found = _column_moments(x.view(1, n, c * m))
+        mean, var = _merged(*(p.view(c, m) for p in found), 1)
+    else:
+        mean, var = _long_moments(x, view)
+    return (mean, var) if _near(mean, var, FAR) else _torch_moments(x)
+
+
+def _near(mean, var, limit):
+    """Whether no mean is that many standard deviations from 0; NaN is not."""
+    return bool((mean.square() <= limit**2 * var).all())
+
+
+def _long_moments(x, view):
+    n, c, _, m = view
     length = _part(m, CHAIN)
     rows = x.view(n, c, m // length, length)
     mean = rows.sum(3).sum((0, 2), dtype=torch.float64) / (n * m)
     norm = torch.linalg.vector_norm(rows, 2, 3).double()
     var = norm.square_().sum((0, 2)) / (n * m) - mean.square()
-    # A mean far from 0 has eaten the digits of the difference. NaN fails
-    # the comparison too.
-    if length <= CHAIN and (mean.square() <= 8 * var).all():
+    # A mean away from 0 has eaten the digits of the difference.
+    if length <= CHAIN and _near(mean, var, 3):
         return mean, var
-    if mean.isfinite().all():
-        return _merged(*_row_moments(x.view(n, c, m)), 0)
-    return _torch_moments(x)
+    return _merged(*_row_moments(x.view(n, c, m)), 0)
 
 
 def _few(view):
@@ -274,8 +292,44 @@ def _row_moments(x):
 
 
 def _column_moments(x):
-    """The moments of each column, one after another for parts of it."""
-    return _torch_moments(x.view(_part(len(x), CHAIN_OF_COLUMNS), -1))
+    """The moments over the second axis of (N, rows, columns), in float64."""
+    n, rows, columns = x.shape
+    parts = max(1, rows // CHAIN_OF_COLUMNS)
+    head = rows // parts * parts
+    found = _stacked(x[:, :head].unflatten(1, (-1, parts)).flatten(2))
+    mean, var = _merged(*(p.view(n, parts, columns) for p in found), 1)
+    if head == rows:
+        return mean, var
+    merged = Moments(head, mean, var).merge(
+        Moments(rows - head, *_stacked(x[:, head:]))
+    )
+    return merged.mean, merged.var
+
+
+def _stacked(x):
+    found = [torch.batch_norm_update_stats(s, None, None, 0.0) for s in x]
+    return [torch.stack(p).double() for p in zip(*found, strict=True)]
+
+
+def _column_sums(dy, x, mean, rstd):
+    """The sums of dy * xhat and of dy over the second axis, (N, columns)."""
+    n, rows, columns = x.shape
+    parts = max(1, rows // CHAIN_OF_COLUMNS)
+    head = rows // parts * parts
+    each = [p.repeat(1, parts) for p in (mean, rstd)]
+    cut = (t[:, :head].unflatten(1, (-1, parts)).flatten(2) for t in (dy, x))
+    found = [_sums(*p) for p in zip(*cut, *each, strict=True)]
+    sums = [
+        torch.stack(p).view(n, parts, columns).sum(1)
+        for p in zip(*found, strict=True)
+    ]
+    if head < rows:
+        rest = (dy[:, head:], x[:, head:], mean, rstd)
+        for total, part in zip(
+            sums, zip(*map(_sums, *rest), strict=True), strict=True
+        ):
+            total += torch.stack(part)
+    return sums
 
 
 def _merged(mean, var, axes):
@@ -297,13 +351,15 @@ def _batch_backward(dy, x, view, weight, mean, rstd, needs):
     if not _few(view) and (m >= MANY or x.numel() < LARGE):
         return _torch_batch_backward(dy, x, view, weight, mean, rstd, needs)
     if _few(view):
-        shape, split, axis = (n, c * m), (c, m), 1
-        each = [p.repeat_interleave(m) for p in (mean, rstd)]
+        shape = (1, n, c * m)
+        each = [p.repeat_interleave(m).view(1, -1) for p in (mean, rstd)]
+        sums = _column_sums(dy.view(shape), x.view(shape), *each)
+        sums = [s.view(c, m).sum(1) for s in sums]
     else:
-        shape, split, axis = (1, n * c, m), (n, c), 0
+        shape = (1, n * c, m)
         each = [p.repeat(n) for p in (mean, rstd)]
-    dy, x2 = dy.view(shape), x.view(shape)
-    sums = [s.view(split).sum(axis) for s in _sums(dy, x2, *each)]
+        sums = _sums(dy.view(shape), x.view(shape), *each)
+        sums = [s.view(n, c).sum(0) for s in sums]
     if needs[0]:
         dx = torch.empty_like(x)
         seen = (n, c * m) if _few(view) else (n, c, m)
@@ -337,6 +393,14 @@ def _rows_forward(x, view, weight, bias, eps):
     y, mean, rstd = torch.native_group_norm(
         x.view(n, g, k * m), weight, bias, n, g, k * m, g, eps
     )
+    # Only instance norm: torch's layer and group norm sum in float32 too.
+    if k == 1 and not _near(mean, rstd.pow(-2), FAR):
+        del y
+        parts = (None if p is None else p.repeat(n) for p in (weight, bias))
+        y, mean, rstd = torch.native_batch_norm(
+            x.view(1, n * g, m), *parts, None, None, True, 0.0, eps
+        )
+        mean, rstd = mean.view(n, g), rstd.view(n, g)
     return _shaped(y, x), mean, None, rstd
 
 
@@ -386,7 +450,8 @@ def _layer_backward(dy, x, view, weight, mean, rstd, needs):
         weight,  # in place of the bias, of which it reads no value
         list(needs),
     )
-    return _wanted((_shaped(dx, x), dweight, dbias), needs)
+    dx = _shaped(dx, x) if needs[0] else None
+    return _wanted((dx, dweight, dbias), needs)
 
 
 def _groups_forward(x, view, weight, bias, eps):
@@ -409,7 +474,8 @@ def _groups_backward(dy, x, view, weight, mean, rstd, needs):
         *(n, g * k, m, g),
         list(needs),
     )
-    return _wanted((_shaped(dx, x), dweight, dbias), needs)
+    dx = _shaped(dx, x) if needs[0] else None
+    return _wanted((dx, dweight, dbias), needs)
 
 
 # RMS norm
@@ -459,13 +525,8 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
 
 
 def _last_forward(x, view, weight, bias, eps):
-    n, g, k, m = view
-    samples = _last(x, view).view(n, _part(m, CHAIN_OF_COLUMNS), -1)
-    found = [
-        torch.batch_norm_update_stats(s, None, None, 0.0) for s in samples
-    ]
-    found = (torch.stack(p).double() for p in zip(*found, strict=True))
-    mean, var = _merged(*(p.view(n, -1, g, k) for p in found), (1, 3))
+    n, g, k, _ = view
+    mean, var = _last_moments(x, view)
     rstd = (var + eps).rsqrt_()
     scale = rstd.unsqueeze(2).expand(n, g, k)
     if weight is not None:
@@ -481,12 +542,24 @@ def _last_forward(x, view, weight, bias, eps):
     return y, mean.to(x.dtype), None, rstd.to(x.dtype)
 
 
+def _last_moments(x, view):
+    n, g, k, m = view
+
+    def merged(found):
+        return _merged(*(p.view(n, g, k) for p in found), 2)
+
+    mean, var = merged(_column_moments(_last(x, view)))
+    if not _near(mean, var, FAR):
+        rows = x.contiguous().view(1, n * g * k, m)
+        mean, var = merged(_torch_moments(rows))
+    return mean, var
+
+
 def _last_backward(dy, x, view, weight, mean, rstd, needs):
     n, g, k, m = view
     dys, xs = _last(dy, view), _last(x, view)
     each = (p.repeat_interleave(k, 1) for p in (mean, rstd))
-    found = [_sums(*p) for p in zip(dys, xs, *each, strict=True)]
-    sums = [torch.stack(p) for p in zip(*found, strict=True)]
+    sums = _column_sums(dys, xs, *each)
     dx = None
     if needs[0]:
         dx = torch.empty_like(x)

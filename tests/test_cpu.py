@@ -1,0 +1,341 @@
+"""The kernels of the CPU backend, each forced on shapes that it must serve.
+
+The autograd around them is tested in test_fused.py, and every backend behind
+the public functions in test_functional.py.
+"""
+
+import itertools
+
+import numpy
+import pytest
+import torch
+from cases import Case
+from cases import draw as draw_case
+
+from normlib import backends, functional, reference
+from normlib.backends import cpu
+from normlib.testing import TOLERANCE, assert_close
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+PATHS = {
+    # Long rows: a prime number of positions over the longest chain of
+    # squares; one that is cut in two; an odd one that is neither.
+    Case("batch_norm", (2, 2, 4099)): "_BATCH",
+    Case("batch_norm", (2, 2, 8194)): "_BATCH",
+    Case("batch_norm", (3, 5, 7, 9)): "_BATCH",
+    Case("batch_norm", (1, 3, 1, 41)): "_BATCH",
+    # Few positions: two, one less than a vector, more rows than one chain.
+    Case("batch_norm", (3, 5, 2)): "_BATCH",
+    Case("batch_norm", (9, 5, 7)): "_BATCH",
+    Case("batch_norm", (520, 3, 2, 2)): "_BATCH",
+    Case("batch_norm", (7, 5)): "_TORCH_BATCH",
+    Case("batch_norm", (2, 1)): "_TORCH_BATCH",
+    # One weight to a row, or none.
+    Case("instance_norm", (2, 5, 3, 5)): "_ROWS",
+    Case("instance_norm", (1, 1, 2)): "_ROWS",
+    Case("group_norm", (3, 4, 9), groups=4): "_ROWS",
+    Case("group_norm", (3, 6, 5), groups=3): "_GROUPS",
+    Case("group_norm", (4, 6), groups=2): "_GROUPS",
+    Case("layer_norm", (2, 3, 8), normalized=(8,)): "_LAYER",
+    Case("layer_norm", (5, 33), normalized=(5, 33)): "_LAYER",
+    Case("rms_norm", (5, 7), normalized=(7,)): "_RMS",
+    Case("rms_norm", (1, 2, 3), normalized=(2, 3)): "_RMS",
+    Case("rms_norm", (40, 65), normalized=(65,)): "_RMS",
+}
+CHANNELS_LAST = {
+    Case("batch_norm", (3, 5, 7, 3)): "_TORCH_BATCH",
+    Case("instance_norm", (2, 5, 3, 5)): "_LAST",
+    Case("instance_norm", (1, 3, 2, 1)): "_LAST",
+    Case("instance_norm", (2, 3, 2, 3, 2)): "_LAST",
+    # Two parts to a sample: 2 * 171 positions, 256 at most in a chain.
+    Case("group_norm", (2, 6, 18, 19), groups=3): "_LAST",
+    Case("group_norm", (2, 6, 3, 3), groups=1): "_LAST",
+    Case("group_norm", (3, 4, 5, 1), groups=2): "_LAST",
+}
+KERNELS = [(case, False) for case in PATHS] + [
+    (case, True) for case in CHANNELS_LAST
+]
+
+
+def name(value):
+    if not isinstance(value, Case):
+        return "last" if value is True else None
+    shape = "x".join(map(str, value.shape))
+    return f"{value.norm} {shape}"
+
+
+every_kernel = pytest.mark.parametrize(("case", "last"), KERNELS, ids=name)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=str
+)
+
+
+def draw(case, last, dtype=torch.float32, mean=0.5, affine=True):
+    """x, weight, bias and dy of a kernel's case."""
+    x, weight, bias, dy = draw_case(case, mean=mean)
+    x, dy = x.to(dtype), dy.to(dtype)
+    if last:
+        x, dy = (t.contiguous(memory_format=LAST[x.dim()]) for t in (x, dy))
+    if not affine:
+        return x, None, None, dy
+    bias = None if bias is None else bias.to(dtype)
+    return x, weight.to(dtype), bias, dy
+
+
+def run(case, x, weight, bias, dy, needs=None, eps=1e-3):
+    """All that the kernels give: y, mean, var, rstd, dx, dweight, dbias."""
+    view, kind = case.view, case.kind
+    if needs is None:
+        needs = (True, weight is not None, bias is not None)
+    found = cpu.forward(x, view, weight, bias, eps, **kind)
+    _, mean, _, rstd = found
+    grads = cpu.backward(dy, x, view, weight, mean, rstd, needs, **kind)
+    return *found, *grads
+
+
+def expected(case, x, weight, bias, dy, eps=1e-3):
+    """y, dx, dweight, dbias of the reference, float64."""
+    arrays = [
+        None if p is None else p.double().numpy() for p in (x, weight, bias)
+    ]
+    y, cache = case.reference(*arrays, eps)
+    return y, *reference.normalize_backward(dy.double().numpy(), cache)
+
+
+def flat(values):
+    return [numpy.asarray(v).reshape(-1) for v in values if v is not None]
+
+
+@every_kernel
+def test_each_path_is_reached(case, last):
+    x, weight, bias, _ = draw(case, last)
+    assert cpu.supports(x, case.view, weight, bias, **case.kind)
+    path = cpu._path(x, case.view, weight, bias, *case.kind.values())
+    assert path is getattr(cpu, (CHANNELS_LAST if last else PATHS)[case])
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@each_dtype
+@every_kernel
+def test_forward_and_backward_are_the_references(case, last, dtype, affine):
+    x, weight, bias, dy = draw(case, last, dtype, affine=affine)
+    y, mean, var, rstd, *grads = run(case, x, weight, bias, dy)
+    want = expected(case, x, weight, bias, dy)
+    tolerance = TOLERANCE[dtype]
+    assert_close(y, want[0], tolerance=tolerance)
+    assert_close(grads[0], want[1], tolerance=tolerance)
+    for got, exact in zip(flat(grads[1:]), flat(want[2:]), strict=False):
+        assert_close(got, exact, tolerance=tolerance)
+    axes = (0, 2, 3) if case.kind["over_batch"] else (2, 3)
+    x4 = x.double().reshape(case.view)
+    shape = x4.mean(axes).shape
+    if case.kind["centered"]:
+        assert_close(mean.view(shape), x4.mean(axes), tolerance=tolerance)
+        square = x4.var(axes, correction=0)
+    else:
+        square = x4.square().mean(axes)
+    assert_close(
+        rstd.view(shape), (square + 1e-3).rsqrt(), tolerance=tolerance
+    )
+    if case.kind["over_batch"]:
+        assert_close(var, square, tolerance=tolerance)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of few values, and no size from which torch's kernel is taken,
+    so that small inputs take every branch of large ones."""
+    monkeypatch.setattr(cpu, "BLOCK", 50)
+    monkeypatch.setattr(cpu, "LARGE", 0)
+    monkeypatch.setattr(cpu, "CHAIN_OF_COLUMNS", 3)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("mean", [0.5, 1e3])
+@every_kernel
+def test_blocks_and_parts_add_up(case, last, mean):
+    data = draw(case, last, torch.float64, mean)
+    y, _, _, _, *grads = run(case, *data)
+    want = expected(case, *data)
+    for got, exact in zip(flat((y, *grads)), flat(want), strict=False):
+        assert_close(got, exact, tolerance=1e-7)
+
+
+def torchs(case, x, weight, bias, dy, eps=1e-3):
+    """y, dx, dweight, dbias of torch.nn.functional."""
+    leaves = [
+        None if p is None else p.clone().requires_grad_()
+        for p in (x, weight, bias)
+    ]
+    y = case.of(torch.nn.functional, *leaves, eps)
+    wanted = [p for p in leaves if p is not None]
+    return y.detach(), *torch.autograd.grad(y, wanted, dy)
+
+
+WIDE = [
+    (Case("batch_norm", (16, 8, 24, 24)), False),
+    (Case("batch_norm", (300, 8, 5)), False),
+    (Case("batch_norm", (4, 4, 128, 128)), False),
+    (Case("batch_norm", (16, 8, 24, 24)), True),
+    (Case("instance_norm", (8, 8, 24, 24)), False),
+    (Case("instance_norm", (8, 8, 24, 24)), True),
+    (Case("instance_norm", (2, 8, 65, 65)), True),
+    (Case("group_norm", (8, 16, 24, 24), groups=4), False),
+    (Case("layer_norm", (256, 384), normalized=(384,)), False),
+    (Case("rms_norm", (256, 384), normalized=(384,)), False),
+]
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize(("case", "last"), WIDE, ids=name)
+def test_no_digit_is_lost_that_torch_keeps(case, last, mean, affine):
+    """Standard deviation 1 about the given mean."""
+    if not affine and not case.has_bias and mean:
+        pytest.skip("the same arithmetic as with a weight")
+    x, weight, bias, dy = draw(case, last, mean=2 * mean, affine=affine)
+    x = x / 2
+    ours = run(case, x, weight, bias, dy, eps=1e-5)
+    ours = flat((ours[0], *ours[4:]))
+    theirs = flat(torchs(case, x, weight, bias, dy, eps=1e-5))
+    exact = flat(expected(case, x, weight, bias, dy, eps=1e-5))
+    for got, other, want in zip(ours, theirs, exact, strict=False):
+        scale = max(1.0, numpy.abs(want).max())
+        error, torch_error = (
+            numpy.abs(v - want).max() / scale for v in (got, other)
+        )
+        assert error <= 1.5 * max(torch_error, 1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+@every_kernel
+def test_a_constant_input_gives_the_bias(case, last, value):
+    """But for the rounding of x * rstd, where rstd is 1 / sqrt(eps)."""
+    if not case.kind["centered"]:
+        pytest.skip("not centered, a constant is no zero")
+    x, weight, bias, dy = draw(case, last)
+    x = torch.full_like(x, value)
+    y, *_, dx, _, _ = run(case, x, weight, bias, dy, eps=1e-4)
+    want, exact_dx, *_ = expected(case, x, weight, bias, dy, eps=1e-4)
+    rounding = value * 100 * weight.abs().max().item() * 2**-21
+    assert numpy.abs(y.double().numpy() - want).max() <= rounding + 1e-6
+    assert_close(dx, exact_dx, tolerance=1e-4 + 1e-6 * value, floor=0.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@every_kernel
+def test_nan_and_infinity_spread_as_in_torch(case, last, value):
+    x, weight, bias, dy = draw(case, last)
+    x[(0,) * x.dim()] = value
+    y, mean, var, *_, dx, dweight, _ = run(case, x, weight, bias, dy)
+    theirs = torchs(case, x, weight, bias, dy)
+    assert torch.equal(y.isnan(), theirs[0].isnan())
+    assert torch.equal(dx.isnan(), theirs[1].isnan())
+    assert torch.equal(dweight.isnan(), theirs[2].view(-1).isnan())
+    if case.kind["over_batch"]:
+        assert not mean[0].isfinite()
+        assert var[0].isnan()
+        assert torch.equal(mean[0].isnan(), torch.tensor(value).isnan())
+
+
+@every_kernel
+def test_nothing_given_is_written_to(case, last):
+    data = draw(case, last)
+    before = [None if p is None else p.clone() for p in data]
+    y, *_, dx, dweight, dbias = run(case, *data)
+    for p, q in zip(data, before, strict=True):
+        assert p is None or torch.equal(p, q)
+    given = {p.data_ptr() for p in data if p is not None}
+    for fresh in (y, dx, dweight, dbias):
+        assert fresh is None or fresh.data_ptr() not in given
+
+
+@pytest.mark.parametrize("value", [0.5, None], ids=["one value", "one row"])
+@every_kernel
+def test_an_expanded_gradient_is_read_as_what_it_stands_for(case, last, value):
+    x, weight, bias, dy = draw(case, last)
+    thin = dy[:1] if value is None else torch.full((1,) * dy.dim(), value)
+    thin = thin.expand(dy.shape)
+    before = thin.clone()
+    got = run(case, x, weight, bias, thin)
+    want = run(case, x, weight, bias, before)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert torch.equal(thin, before)
+
+
+@every_kernel
+def test_a_gradient_in_another_layout_is_read_right(case, last):
+    x, weight, bias, dy = draw(case, last)
+    turned = dy.mT.contiguous().mT
+    got = run(case, x, weight, bias, turned)[4:]
+    want = run(case, x, weight, bias, dy)[4:]
+    for a, b in zip(flat(got), flat(want), strict=True):
+        assert_close(a, b)
+
+
+@every_kernel
+def test_y_and_dx_have_the_layout_of_x(case, last):
+    x, weight, bias, dy = draw(case, last)
+    y, *_, dx, _, _ = run(case, x, weight, bias, dy)
+    for fresh in (y, dx):
+        assert fresh.stride() == x.stride()
+        assert fresh.dtype == x.dtype
+        assert fresh._base is None
+
+
+@every_kernel
+def test_only_what_is_needed_comes_back_and_is_the_same(case, last):
+    x, weight, bias, dy = draw(case, last)
+    full = run(case, x, weight, bias, dy)[4:]
+    size = case.view.G * case.view.K
+    for needs in itertools.product([False, True], repeat=3):
+        if bias is None and needs[2]:
+            continue
+        # Without dx, the caller has not kept the weight.
+        kept = weight if needs[0] else None
+        found = cpu.forward(x, case.view, weight, bias, 1e-3, **case.kind)
+        got = cpu.backward(
+            *(dy, x, case.view, kept, found[1], found[3], needs),
+            **case.kind,
+        )
+        for wanted, a, b in zip(needs, got, full, strict=True):
+            assert (a is not None) == wanted
+            assert a is None or torch.equal(a, b)
+        assert all(p is None or p.numel() == size for p in got[1:])
+
+
+X = torch.randn(4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (X.bfloat16(), "16 bits"),
+        (X[:0], "nothing to normalize"),
+        (X[:1, :, :1], "one value to a statistic"),
+        (X[:, :, ::2], "gaps"),
+        (X.transpose(0, 1), "transposed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_path_does_not_serve_is_declined(x, why):
+    view = functional.channel_view(x.shape)
+    kind = {"over_batch": True, "centered": True}
+    assert not cpu.supports(x, view, None, None, **kind)
+
+
+def test_parameters_of_another_dtype_are_declined():
+    view = functional.channel_view(X.shape)
+    kind = {"over_batch": True, "centered": True}
+    weight = torch.ones(6)
+    assert cpu.supports(X, view, weight, weight, **kind)
+    assert not cpu.supports(X, view, weight.double(), weight, **kind)
+    assert not cpu.supports(X, view, weight, weight.double(), **kind)
+
+
+def test_backend_is_listed():
+    assert "cpu" in backends.available()
