@@ -580,7 +580,6 @@ class DyT(Module):
         alpha, weight, bias = self.alpha, self.weight, self.bias
         functional._check_trailing("DyT", input, self.normalized_shape)
         functional._check_dtypes(input, alpha=alpha, weight=weight, bias=bias)
-        alpha, weight, bias = map(widen, (alpha, weight, bias))
         y = weight * torch.tanh(alpha * widen(input)) + bias
         return y.to(input.dtype)
 

@@ -220,6 +220,15 @@ def test_sixteen_bits_are_computed_in_thirty_two(case, dtype):
     assert_close(list(narrow.buffers()), list(wide.buffers()))
 
 
+@pytest.mark.parametrize("name", ["L1", "L2", "Linf", "renorm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_layer_of_sixteen_bits_is_rounded_once(name, dtype):
+    narrow = make(BATCH_NORMS[name], dtype=dtype)
+    wide = copy.deepcopy(narrow).float()
+    x = draw((6, 3, 4), dtype=dtype)
+    assert torch.equal(narrow(x), wide(x.float()).to(dtype))
+
+
 @table(BATCH_NORMS)
 def test_channels_last_stays(case):
     x = draw((4, 3, 5, 2)).to(memory_format=torch.channels_last)
