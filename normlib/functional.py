@@ -16,6 +16,7 @@ from torch import Tensor
 
 from normlib import backends
 from normlib.axes import View, channel_view, trailing_view
+from normlib.backends import fused
 from normlib.backends.eager import HALF, affine, widen
 from normlib.stats import Moments, update_running
 
@@ -525,8 +526,8 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
         torch.compiler.is_compiling()
         or not isinstance(x, Tensor)
         or x.is_contiguous()
-        or x.device.type != "cpu"
         or x.dtype in HALF  # which have no digits to lose
+        or not fused.plain(x)
     ):
         return None
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

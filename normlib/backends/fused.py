@@ -24,12 +24,15 @@ TENSORS = (Tensor, torch.nn.Parameter)
 def plain(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors is an ordinary one, on the CPU.
 
-    False inside ``torch.func`` transforms, forward-mode differentiation,
-    ``__torch_function__`` and ``__torch_dispatch__`` modes, and autocast;
-    for subclasses, and for tensors that are sparse, quantized, fake, lazily
-    conjugated or on another device. The private names are those that
-    torch's own Python uses; where one is missing nothing is plain.
+    False under a compiler or a tracer, inside ``torch.func`` transforms,
+    forward-mode differentiation, ``__torch_function__`` and
+    ``__torch_dispatch__`` modes, and autocast; for subclasses, and for
+    tensors that are sparse, quantized, fake, lazily conjugated or on another
+    device. The private names are those that torch's own Python uses; where
+    one is missing nothing is plain.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     given = [t for t in tensors if t is not None]
     if _QUESTIONS is None or not all(type(t) in TENSORS for t in given):
         return False
@@ -122,7 +125,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dy, dmean, dvar):
         # The order matters: with a graph being made, the saved statistics
         # are constants and would give wrong second derivatives.
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, mean, rstd = (
+            None if t is None else eager.settle(t)  # hooks may lay them out
+            for t in ctx.saved_tensors
+        )
         kernels, view, eps, kind = ctx.call
         needs = ctx.needs_input_grad[:3]
         if (
@@ -130,7 +136,6 @@ class _Fused(torch.autograd.Function):
             or dy is None
             or dmean is not None
             or dvar is not None
-            or torch.compiler.is_compiling()
             or not plain(dy, x, weight)
         ):
             dx, *rest = eager.backward(
