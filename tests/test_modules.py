@@ -1,110 +1,134 @@
-"""Each layer is a drop-in for its namesake in the installed torch.nn."""
+"""Each layer is a drop-in for its namesake in the installed torch.nn.
+
+Here: its surface, its arithmetic, its memory formats and its errors. What
+else people do to a layer is in test_drop_in.py.
+"""
 
 import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
 from devices import DEVICES
-from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
+from twins import (
+    DTYPES,
+    EVERYWHERE,
+    LAYERS,
+    NAMES,
+    REFUSAL,
+    TWINS,
+    assert_same,
+    chosen,
+    outcome,
+    over,
+    strides,
+    where,
+    with_backends,
+)
 
 import normlib
+from normlib import backends
 from normlib.testing import assert_close
 
-LAYERS = {
-    "BatchNorm1d dense": ("BatchNorm1d", (6, 3)),
-    "BatchNorm1d signal": ("BatchNorm1d", (2, 3, 5)),
-    "BatchNorm2d": ("BatchNorm2d", (4, 3, 5, 2)),
-    "BatchNorm3d": ("BatchNorm3d", (2, 3, 2, 3, 4)),
-}
-CONFIGS = {
-    "defaults": {},
-    "eps": {"eps": 0.3},
-    "momentum 1": {"momentum": 1.0},
-    "momentum 0": {"momentum": 0.0},
-    "cumulative": {"momentum": None},
-    "no affine": {"affine": False},
-    "no bias": {"bias": False},
-    "no running statistics": {"track_running_stats": False},
-    "bare": {"affine": False, "track_running_stats": False},
-}
-if "bias" not in inspect.signature(torch.nn.BatchNorm1d).parameters:
-    CONFIGS.pop("no bias")
+TRACKING = where(lambda twin: twin.tracks, TWINS)
+RUNNING = where(lambda twin: twin.tracks)
+IMAGES = where(lambda twin: len(twin.shape) in (4, 5) and not twin.single)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)
+
+BATCH, INSTANCE = LAYERS["BatchNorm1d"], LAYERS["InstanceNorm1d"]
+IMAGE = LAYERS["BatchNorm2d"]
 
 
-@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
-def layer(request):
-    return request.param
+CHOSEN = ("default", EVERYWHERE)
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
-def config(request):
-    return request.param
+def refusals(modules, call):
+    """What ours and torch's say in refusing; of the same type."""
+    ours, theirs = modules
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        call(theirs)
+    with pytest.raises(expected.type) as received:
+        call(ours)
+    return str(received.value), str(expected.value)
 
 
-def pair(name, device="cpu", **kwargs):
-    """Our layer and torch's with the same, random, state."""
-    kwargs |= {"device": device}
-    theirs = getattr(torch.nn, name)(3, **kwargs)
-    ours = getattr(normlib, name)(3, **kwargs)
-    with torch.no_grad():
-        for i, p in enumerate(theirs.parameters()):
-            p.copy_(torch.linspace(-1.5, 2.0 + i, 3))
-        if theirs.running_mean is not None:
-            theirs.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
-            theirs.running_var.copy_(torch.tensor([0.3, 1.0, 4.0]))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
+def assert_same_or_refused(modules, call):
+    """Ours makes what torch makes of a call, or raises what torch raises.
 
-
-def draw(shape, seed=0, dtype=torch.float32, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1
-    return x.to(device, dtype)
-
-
-def assert_same(actual, expected, tolerance=None):
-    """As close as the dtype allows, and of one dtype and layout."""
-    for a, b in zip(actual, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert a.is_contiguous() == b.is_contiguous()
-        assert_close(a, b, tolerance=tolerance)
-
-
-def outcome(module, x, dy):
-    """Everything that a step with this module makes."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    module.zero_grad()
-    y = module(x)
-    y.backward(dy)
-    gradients = [p.grad for p in module.parameters()]
-    return [y, x.grad, *gradients, *module.buffers()]
+    What breaks two rules at once a forced backend may refuse by either; and
+    whoever refuses leaves every buffer as it was. Says whether it was refused.
+    """
+    ours, theirs = modules
+    before = copy.deepcopy(ours.state_dict())
+    try:
+        expected = call(theirs)
+    except Exception as error:
+        forced = backends._forced is not None
+        types = (ValueError, RuntimeError) if forced else type(error)
+        with pytest.raises(types) as received:
+            call(ours)
+        assert REFUSAL not in str(received.value)
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        return True
+    assert_same(call(ours), expected, laid_out=0)
+    return False
 
 
 # The surface: constructor, repr, state.
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("name", NAMES)
 def test_signature_and_defaults(name):
     ours = inspect.signature(getattr(normlib, name)).parameters
     theirs = inspect.signature(getattr(torch.nn, name)).parameters
     for key, parameter in theirs.items():
         assert ours[key].default == parameter.default
         assert ours[key].kind == parameter.kind
+    shared = [key for key in ours if key in theirs]
+    assert shared == list(theirs)
     assert set(ours) - set(theirs) <= {"bias"}
 
 
-def test_repr(layer, config):
-    ours, theirs = pair(layer[0], **config)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_input_is_named_as_in_torch(name):
+    ours, theirs = (
+        list(inspect.signature(getattr(lib, name).forward).parameters)
+        for lib in (normlib, torch.nn)
+    )
+    assert ours == theirs
+
+
+@over(TWINS)
+def test_repr(twin):
+    ours, theirs = twin.pair()
     assert repr(ours) == repr(theirs)
 
 
-def test_fresh_state_is_torchs(layer, config):
-    ours = getattr(normlib, layer[0])(3, **config)
-    theirs = getattr(torch.nn, layer[0])(3, **config)
+@over(LAYERS)
+def test_repr_follows_the_attributes(twin):
+    ours, theirs = twin.pair()
+    for module in (ours, theirs):
+        for key in theirs.__constants__:
+            setattr(module, key, 7)
+    assert repr(ours) == repr(theirs)
+
+
+@over(TWINS)
+def test_the_attributes_are_torchs(twin):
+    ours, theirs = twin.pair()
+    for key, value in vars(theirs).items():
+        if not key.startswith("_"):
+            assert getattr(ours, key) == value, key
+
+
+@over(TWINS)
+def test_fresh_state_is_torchs(twin):
+    ours, theirs = twin.make(normlib), twin.make(torch.nn)
     expected = theirs.state_dict()
     assert list(ours.state_dict()) == list(expected)
     for key, value in ours.state_dict().items():
@@ -112,163 +136,277 @@ def test_fresh_state_is_torchs(layer, config):
         assert value.dtype == expected[key].dtype
     names = [key for key, _ in theirs.named_parameters()]
     assert [key for key, _ in ours.named_parameters()] == names
+    names = [key for key, _ in theirs.named_buffers()]
+    assert [key for key, _ in ours.named_buffers()] == names
 
 
-def test_state_goes_both_ways(layer, config):
-    ours, theirs = pair(layer[0], **config)
-    ours(draw(layer[1]))
+@over(TWINS)
+def test_reset_gives_the_fresh_state_back(twin):
+    ours, _ = twin.pair()
+    ours(twin.draw())
+    ours.reset_parameters()
+    fresh = twin.make(normlib).state_dict()
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, fresh[key])
+
+
+@over(TWINS)
+def test_state_goes_both_ways(twin):
+    ours, theirs = twin.pair()
+    ours(twin.draw())
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert_close(
-        list(theirs.state_dict().values()), list(ours.state_dict().values())
-    )
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key])
+    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
 
 
+@over(LAYERS)
+def test_a_missing_key_is_reported_as_torch_does(twin):
+    for key in twin.make(torch.nn).state_dict():
+        pair = twin.pair()
+        state = pair[1].state_dict()
+        del state[key]
+        ours, theirs = refusals(pair, lambda m: m.load_state_dict(state))  # noqa: B023
+        assert ours == theirs
+
+
+@over(RUNNING)
 @pytest.mark.parametrize("version", [None, 1])
-def test_a_checkpoint_of_version_one_has_no_counter(version):
-    ours, theirs = (torch.nn.Sequential(m) for m in pair("BatchNorm1d"))
+def test_a_checkpoint_of_version_one_has_no_counter(twin, version):
+    ours, theirs = (torch.nn.Sequential(m) for m in twin.pair())
     state = theirs.state_dict()
     del state["0.num_batches_tracked"]
     if version is None:
         del state._metadata
     else:
         state._metadata["0"]["version"] = version
-    ours(draw((6, 3)))
-    ours.load_state_dict(state, strict=True)
-    theirs(draw((6, 3)))
-    theirs.load_state_dict(state, strict=True)
+    for module in (ours, theirs):
+        module(twin.draw())
+        module.load_state_dict(state, strict=True)
     assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked
     assert ours[0].num_batches_tracked.dtype == torch.long
 
 
-def test_the_state_says_its_version():
-    ours, theirs = pair("BatchNorm1d")
-    metadata = theirs.state_dict()._metadata
-    assert ours.state_dict()._metadata == metadata
+@pytest.mark.parametrize("name", ["InstanceNorm1d", "InstanceNorm3d"])
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("stale", ["running_mean", "running_var", None])
+def test_statistics_that_old_instance_norms_wrote(name, versioned, stale):
+    """Before torch 0.4 every instance norm had them; they are not dropped."""
+    full = getattr(torch.nn, name)(3, affine=True, track_running_stats=True)
+    state = torch.nn.Sequential(full).state_dict()
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        if stale not in (None, key):
+            del state["0." + key]
+    if not versioned:
+        del state._metadata
+    pair = [
+        torch.nn.Sequential(getattr(lib, name)(3, affine=True))
+        for lib in (normlib, torch.nn)
+    ]
+    copies = [state.copy() for _ in pair]
+    for one, other in zip(copies, (state, state), strict=True):
+        if versioned:
+            one._metadata = other._metadata
+    load = dict(zip(pair, copies, strict=True))
+    ours, theirs = refusals(pair, lambda m: m.load_state_dict(load[m]))
+    for key in ("running_mean", "running_var"):
+        assert (key in ours) == (key in theirs)
+    assert ("track_running_stats=True" in ours) == (not versioned)
+    assert list(copies[0]) == list(copies[1])
 
 
-@pytest.mark.parametrize("key", ["running_mean", "num_batches_tracked"])
-def test_a_missing_key_is_reported_as_torch_does(key):
-    ours, theirs = pair("BatchNorm1d")
-    state = theirs.state_dict()
-    del state[key]
-    messages = []
-    for module in (ours, theirs):
-        with pytest.raises(RuntimeError) as error:
-            module.load_state_dict(state)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+SIZES = [-1, 2.5, "3", None, True, torch.tensor(3), (2, 3), [], (2, -3), 0]
 
 
-def test_repr_follows_the_attributes():
-    ours, theirs = pair("BatchNorm1d")
-    for module in (ours, theirs):
-        module.affine = False
-        module.track_running_stats = False
-        module.num_features = 7
-    assert repr(ours) == repr(theirs)
+@pytest.mark.parametrize("size", SIZES, ids=repr)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_size_makes_what_torch_makes_of_it(name, size):
+    """The layer that it makes, or the error."""
+    args = (1, size) if name == "GroupNorm" else (size,)
+    try:
+        theirs = getattr(torch.nn, name)(*args)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            getattr(normlib, name)(*args)
+    else:
+        ours = getattr(normlib, name)(*args)
+        assert repr(ours) == repr(theirs)
+        shapes = [[p.shape for p in m.parameters()] for m in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("groups", [4, 7, 0, -2, 2.5])
+def test_groups_that_do_not_divide_the_channels(groups):
+    """torch divides by 0, and takes -2 until something comes in."""
+    with pytest.raises(ValueError, match=rf"num_groups={groups}"):
+        normlib.GroupNorm(groups, 6)
 
 
 # The arithmetic.
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16],
-    ids=str,
-)
-def test_three_steps_then_evaluation(layer, config, dtype, device):
-    name, shape = layer
-    ours, theirs = pair(name, device, **config, dtype=dtype)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over(TWINS)
+@with_backends()
+def test_three_steps_then_evaluation(twin, dtype, device):
+    ours, theirs = twin.pair(device=device, dtype=dtype)
     for step in range(3):
-        x = draw(shape, step, dtype, device)
-        dy = draw(shape, 10 + step, dtype, device)
+        x = twin.draw(step, dtype, device)
+        dy = twin.draw(10 + step, dtype, device)
         ours.train()
         theirs.train()
-        counter = ours.num_batches_tracked
+        buffers = list(ours.buffers())
         assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
-        assert ours.num_batches_tracked is counter  # moved in place
+        for before, after in zip(buffers, ours.buffers(), strict=True):
+            assert before is after  # moved in place
         ours.eval()
         theirs.eval()
         assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_input_with_float32_parameters(layer, dtype):
-    name, shape = layer
-    ours, theirs = pair(name)
-    x, dy = draw(shape, 0, dtype), draw(shape, 1, dtype)
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@over(LAYERS)
+@with_backends()
+def test_sixteen_bit_input_with_float32_parameters(twin, dtype):
+    ours, theirs = twin.pair()
+    x, dy = twin.draw(0, dtype), twin.draw(1, dtype)
     for training in (True, False):
         ours.train(training)
         theirs.train(training)
-        assert_same(outcome(ours, x, dy), outcome(theirs, x, dy), 1e-2)
+        wide = torch.float32 if "RMS" in twin.name else dtype  # promotes
+        a, b = (outcome(m, x, dy.to(wide)) for m in (ours, theirs))
+        assert_same(a, b, 1e-2)
 
 
+CPU_SERVES = where(lambda twin: not twin.single)
+"""What backend "cpu" must not refuse: forward and backward in training."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("choice", [EVERYWHERE, "cpu"])
+@over(TWINS)
+def test_the_fast_path_is_taken_once_each_way(twin, choice, dtype):
+    ours, _ = twin.pair(dtype=dtype)
+    with chosen(choice) as taken:
+        outcome(ours, twin.draw(0, dtype), twin.draw(1, dtype))
+        assert taken == ["forward", "backward"]
+        taken.clear()
+        with torch.no_grad():
+            ours(twin.draw(0, dtype))
+        assert taken == ["forward"]
+
+
+@over(LAYERS)
+def test_a_small_call_is_torchs_own(twin):
+    ours, theirs = twin.pair()
+    x = twin.draw()
+    with chosen("default") as taken:
+        assert torch.equal(ours(x), theirs(x))
+    assert not taken
+
+
+@over(RUNNING)
 @pytest.mark.parametrize("training", [True, False])
-def test_tracking_switched_off_after_construction(training):
-    ours, theirs = pair("BatchNorm1d")
-    x, dy = draw((6, 3)), draw((6, 3), 1)
-    for module in (ours, theirs):
+@with_backends()
+def test_tracking_switched_off_after_construction(twin, training):
+    pair = twin.pair()
+    x, dy = twin.draw(), twin.draw(1)
+    for module in pair:
         module.track_running_stats = False
         module.train(training)
-    assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
+    assert_same(*(outcome(module, x, dy) for module in pair))
 
 
+@over(RUNNING)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_taken_away_after_construction(momentum):
-    ours, theirs = pair("BatchNorm1d", momentum=momentum)
-    x, dy = draw((6, 3)), draw((6, 3), 1)
-    for module in (ours, theirs):
+@with_backends()
+def test_statistics_taken_away_after_construction(twin, momentum):
+    pair = twin.pair()
+    x, dy = twin.draw(), twin.draw(1)
+    for module in pair:
+        module.momentum = momentum
         module.running_mean = module.running_var = None
-    assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
-    for module in (ours, theirs):
+    assert_same(*(outcome(module, x, dy) for module in pair))
+    for module in pair:
         module.eval()
-    assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
+    if "Instance" in twin.name:
+        refusals(pair, lambda module: module(x))
+    else:
+        assert_same(*(outcome(module, x, dy) for module in pair))
 
 
 @pytest.mark.parametrize("momentum", [1.0, None])
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
+@with_backends()
 def test_a_first_batch_far_from_variance_one_is_not_lost(momentum, scale):
     """The old variance of 1 must leave no rounding error behind."""
     ours, theirs = (
         lib.BatchNorm1d(3, momentum=momentum, eps=1e-12)
         for lib in (normlib, torch.nn)
     )
-    x = draw((50, 3)) * scale
+    x = BATCH.draw(shape=(50, 3, 2)) * scale
     ours(x)
     theirs(x)
     assert_close(ours.running_var, theirs.running_var, floor=0.0)
     assert_close(ours.running_mean, theirs.running_mean, floor=0.0)
-    assert_close(ours.eval()(x), theirs.eval()(x))
+    with backends.use_backend("eager"):
+        assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def test_frozen_statistics_in_a_training_model():
-    ours, theirs = pair("BatchNorm2d")
-    x, dy = draw((4, 3, 5, 2)), draw((4, 3, 5, 2), 1)
-    for module in (ours, theirs):
-        module.eval()
-        module.weight.requires_grad_(False)
-    assert_close(outcome(ours, x, dy)[:2], outcome(theirs, x, dy)[:2])
+@over(LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+@with_backends()
+def test_frozen_parameters(twin, training):
+    """One at a time: the others still get their gradients."""
+    for name, _ in twin.make(torch.nn).named_parameters():
+        ours, theirs = twin.pair()
+        for module in (ours, theirs):
+            module.train(training)
+            module.get_parameter(name).requires_grad_(False)
+        x, dy = twin.draw(), twin.draw(1)
+        assert_same(outcome(ours, x, dy), outcome(theirs, x, dy))
 
 
-def test_the_input_is_not_changed():
-    ours, _ = pair("BatchNorm2d")
-    x = draw((4, 3, 5, 2))
-    before = x.clone()
-    ours(x)
-    assert torch.equal(x, before)
+@over(LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+@with_backends()
+def test_an_input_that_needs_no_gradient(twin, training):
+    """As the first layer of a network has it."""
+    results = []
+    for module in twin.pair():
+        module.train(training)
+        y = module(twin.draw())
+        leaves = list(module.parameters())
+        results.append(torch.autograd.grad(y, leaves, twin.draw(1)))
+    assert_same(*results)
 
 
-def test_statistics_carry_no_graph():
-    ours, _ = pair("BatchNorm1d")
-    x = draw((6, 3)).requires_grad_()
+@over(LAYERS)
+@with_backends()
+def test_the_arguments_are_not_changed(twin):
+    ours, _ = twin.pair()
+    x, dy = twin.draw(), twin.draw(1)
+    tensors = [x, dy, *ours.parameters()]
+    before = [t.detach().clone() for t in tensors]
+    outcome(ours, x, dy)
+    assert all(map(torch.equal, before, tensors))
+
+
+@over(RUNNING)
+@with_backends(*CHOSEN, "eager")
+def test_statistics_carry_no_graph(twin):
+    ours, _ = twin.pair()
+    x = twin.draw().requires_grad_()
     ours(x).sum().backward()
     ours(x)
     assert not ours.running_mean.requires_grad
     assert ours.running_mean.grad_fn is None
 
 
-def test_an_evaluation_graph_survives_a_training_step():
+@over(RUNNING)
+@with_backends(*CHOSEN, "eager")
+def test_an_evaluation_graph_survives_a_training_step(twin):
     """Its gradient is that of the statistics it was made with.
 
     torch.nn's backward reads the running statistics again, and so gives the
@@ -276,125 +414,214 @@ def test_an_evaluation_graph_survives_a_training_step():
     """
     gradients = []
     for interrupted in (False, True):
-        ours, _ = pair("BatchNorm1d")
-        x = draw((6, 3)).requires_grad_()
+        ours, _ = twin.pair()
+        x = twin.draw().requires_grad_()
         y = ours.eval()(x)
         if interrupted:
-            ours.train()(draw((6, 3), 1))
-        y.backward(draw((6, 3), 2))
-        gradients.append([x.grad, *(p.grad for p in ours.parameters())])
+            ours.train()(twin.draw(1))
+        leaves = [x, *ours.parameters()]
+        gradients.append(torch.autograd.grad(y, leaves, twin.draw(2)))
     assert_close(*gradients, tolerance=0.0)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5, 6])
+@with_backends()
 def test_batch_norm_of_any_rank_is_torchs_of_the_flattened(rank):
     shape = (4, 3, *range(2, rank))
     ours = normlib.BatchNorm(3)
     theirs = torch.nn.BatchNorm1d(3)
-    x = draw(shape)
+    x = BATCH.draw(shape=shape)
     expected = theirs(x.flatten(2)).reshape(shape) if rank > 2 else theirs(x)
     assert_close(ours(x), expected)
     assert_close(list(ours.buffers()), list(theirs.buffers()))
 
 
+@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6])
+@with_backends()
+def test_group_norm_takes_any_rank(rank):
+    pair = LAYERS["GroupNorm"].pair()
+    shape = (4, 6, *range(2, rank))
+    x, dy = (BATCH.draw(seed, shape=shape) for seed in (0, 1))
+    assert_same(*(outcome(module, x, dy) for module in pair))
+
+
 # Memory formats.
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "memory_format"),
-    [
-        ("BatchNorm2d", (4, 3, 5, 2), torch.channels_last),
-        ("BatchNorm2d", (4, 3, 1, 1), torch.channels_last),
-        ("BatchNorm3d", (2, 3, 4, 5, 2), torch.channels_last_3d),
-    ],
-)
+def assert_laid_out(ours, theirs, x):
+    """As in torch; or as x, where torch gives the channels' layout up.
+
+    torch's instance norm does so on the CPU, and ours need not. The formula
+    does so too over trailing axes, where that layout says nothing.
+    """
+    allowed = [strides(theirs), strides(x)]
+    if backends._forced == "eager":
+        allowed.append(strides(torch.empty(x.shape)))
+    assert strides(ours) in allowed
+
+
+@over(IMAGES)
 @pytest.mark.parametrize("training", [True, False])
-def test_channels_last_in_channels_last_out(
-    name, shape, memory_format, training
-):
-    ours, theirs = (m.train(training) for m in pair(name))
-    x = draw(shape).to(memory_format=memory_format)
-    dy = draw(shape, 1).to(memory_format=memory_format)
-    a, b = outcome(ours, x, dy), outcome(theirs, x, dy)
-    assert_close(a, b)
-    assert a[0].is_contiguous(memory_format=memory_format)
-    for i in (0, 1):  # y and dx; the stride of a size of 1 says nothing
-        strides = zip(shape, a[i].stride(), b[i].stride(), strict=True)
-        assert all(s == t for size, s, t in strides if size > 1)
+@pytest.mark.parametrize("last", ["both", "x", "dy"])
+@with_backends()
+def test_channels_last(twin, training, last):
+    """Any mixture of layouts is read right.
+
+    torch.nn gets a contiguous dy: its own instance norm takes another one
+    for what it is not where there is one instance.
+    """
+    ours, theirs = (m.train(training) for m in twin.pair())
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats[len(twin.shape)]
+    x, dy = twin.draw(), twin.draw(1)
+    if last != "dy":
+        x = x.to(memory_format=memory_format)
+    if last != "x":
+        dy = dy.to(memory_format=memory_format)
+    a, b = outcome(ours, x, dy), outcome(theirs, x, dy.contiguous())
+    assert_same(a, b, laid_out=0)
+    assert_laid_out(a[0], b[0], x)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.transpose(2, 3),
-        lambda x: x.flip(0)[:, :, ::2],
-        lambda x: x[:1].expand(4, -1, -1, -1),
-        lambda x: x.transpose(0, 1)[:3].transpose(0, 1),
-        lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    ],
-    ids=["transposed", "strided", "expanded", "channel slice", "batch last"],
-)
-def test_any_strides_give_torchs_values(view):
-    ours, theirs = pair("BatchNorm2d")
-    x, dy = view(draw((4, 3, 5, 6))), view(draw((4, 3, 5, 6), 1))
+@pytest.mark.parametrize("name", ["BatchNorm2d", "GroupNorm"])
+@with_backends()
+def test_channels_last_of_a_single_position(name):
+    """Both formats at once: the stride of a size of 1 says nothing."""
+    twin = LAYERS[name]
+    shape = (*twin.shape[:2], 1, 1)
+    x, dy = (twin.draw(seed, shape=shape) for seed in (0, 1))
+    x = x.to(memory_format=torch.channels_last)
+    assert_same(*(outcome(module, x, dy) for module in twin.pair()))
+
+
+ODD = {
+    "transposed": lambda f, s: f((*s[:-2], s[-1], s[-2])).transpose(-1, -2),
+    "strided": lambda f, s: f((*s[:-1], 2 * s[-1]))[..., ::2],
+    "expanded": lambda f, s: f((1, *s[1:])).expand(s),
+    "slice": lambda f, s: f((s[0], s[1] + 2, *s[2:]))[:, 1:-1],
+    "batch last": lambda f, s: f((*s[1:], s[0])).movedim(-1, 0),
+    "features last": lambda f, s: f((s[0], *s[2:], s[1])).movedim(-1, 1),
+    "offset": lambda f, s: f((2, *s))[1],
+}
+
+
+@over(where(lambda twin: len(twin.shape) > 1))
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+@with_backends()
+def test_any_strides_give_torchs_values(twin, odd):
+    """The output's layout is torch's too: ``y.view`` goes where it went."""
+    dtype = torch.float64  # an expanded batch has variance zero
+
+    def draw(seed):
+        return odd(
+            lambda shape: twin.draw(seed, dtype, shape=shape), twin.shape
+        )
+
+    x, dy = draw(0), draw(1)
+    pair = twin.pair(dtype=dtype)
     for training in (True, False):
-        ours.train(training)
-        theirs.train(training)
-        a, b = outcome(ours, x, dy), outcome(theirs, x, dy)
-        assert_same(a[:1], b[:1])
-        assert_close(a, b)
+        for module in pair:
+            module.train(training)
+        a = outcome(pair[0], x, dy)
+        b = outcome(pair[1], x, dy.contiguous())
+        assert_same(a, b, laid_out=0)
+        assert_laid_out(a[0], b[0], x)
 
 
-def test_a_sequence_with_features_last_comes_out_contiguous():
-    for module in pair("BatchNorm1d"):
-        y = module(draw((6, 5, 3)).transpose(1, 2))
-        assert y.view(6, -1).shape == (6, 15)
-
-
+@over(LAYERS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_output_is_the_callers_to_change_in_place(training, dtype):
+@with_backends()
+def test_the_output_is_the_callers_to_change_in_place(twin, training, dtype):
     """No view: ``out += skip`` must work wherever torch.nn's output does."""
-    ours, theirs = (
-        m.train(training) for m in pair("BatchNorm2d", dtype=dtype)
-    )
-    x, skip = (draw((4, 3, 5, 2), seed, dtype) for seed in (0, 1))
+    x, skip = (twin.draw(seed, dtype) for seed in (0, 1))
+    pair = [m.train(training) for m in twin.pair(dtype=dtype)]
+    ours, theirs = (module(x)._is_view() for module in pair)
+    assert ours <= theirs
     results = []
-    for module in (ours, theirs):
-        assert not module(x)._is_view()
+    for module in pair:
         leaf = x.clone().requires_grad_()
-        out = checkpoint(module, leaf, use_reentrant=True)
-        out += skip
-        out.relu_().pow(2).sum().backward()
+        plain = module(leaf)
+        plain.add_(skip).relu_()
+        (dx,) = torch.autograd.grad(plain, leaf, skip)
         with torch.no_grad():
-            frozen = module(x)
-        frozen.mul_(module.weight.reshape(3, 1, 1))
-        results.append([out, leaf.grad, frozen])
-    assert_same(*results)
+            frozen = module(x).mul_(2)
+        results.append([plain, dx, frozen])
+        if not theirs:
+            out = checkpoint(module, leaf, use_reentrant=True)
+            out += skip
+            out.relu_().backward(skip)
+            results[-1] += [out, leaf.grad]
+    assert_same(*results, laid_out=0)
 
 
 # Errors, and what they leave behind.
 
 WRONG = {
-    "rank too low": (3, 4),
-    "rank too high": (2, 3, 4, 5, 6),
+    "no axes": (),
+    "one axis": (3,),
+    "two axes": (3, 4),
+    "three axes": (2, 3, 4),
+    "four axes": (2, 3, 4, 5),
+    "five axes": (2, 3, 4, 5, 2),
+    "six axes": (2, 3, 4, 5, 2, 2),
     "too many channels": (4, 5, 2, 2),
-    "too few channels": (4, 1, 2, 2),
+    "one channel": (4, 1, 2, 2),
     "one value": (1, 3, 1, 1),
+    "one position": (2, 3, 1),
+    "one image of one position": (3, 1, 1),
+    "groups of one value": (1, 6, 1, 1),
+    "other last axis": (2, 3, 6),
+    "last axis of one": (2, 3, 1),
 }
 
 
-@pytest.mark.parametrize("shape", WRONG.values(), ids=WRONG.keys())
+@over(LAYERS)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_failed_call_leaves_every_buffer_as_it_was(shape, momentum):
-    ours, theirs = pair("BatchNorm2d", momentum=momentum)
-    before = copy.deepcopy(ours.state_dict())
-    with pytest.raises((ValueError, RuntimeError)) as expected:
-        theirs(torch.ones(shape))
-    with pytest.raises(expected.type, match=r"shape|size"):
-        ours(torch.ones(shape))
-    for key, value in ours.state_dict().items():
-        assert torch.equal(value, before[key]), key
+@with_backends()
+def test_a_failed_call_leaves_every_buffer_as_it_was(twin, momentum):
+    refused = 0
+    for shape in WRONG.values():
+        pair = twin.pair()
+        for module in pair:
+            module.momentum = momentum
+        x = twin.draw(shape=shape)
+        refused += assert_same_or_refused(pair, lambda m: [m(x)])  # noqa: B023
+    assert refused > 2
+
+
+@over(LAYERS)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.float64], ids=str
+)
+@pytest.mark.parametrize("training", [True, False])
+@with_backends()
+def test_an_input_of_another_dtype(twin, dtype, training):
+    pair = [m.train(training) for m in twin.pair()]
+    x = twin.draw().abs().to(dtype)
+    assert_same_or_refused(pair, lambda module: [module(x)])
+
+
+@over(LAYERS)
+@with_backends(*CHOSEN)
+def test_complex_values_are_torchs_to_take_or_refuse(twin):
+    pair = twin.pair()
+    x = twin.draw().to(torch.complex64)
+
+    def parts(module):
+        y = torch.view_as_real(module(x))
+        return [y]
+
+    assert assert_same_or_refused(pair, parts) != (twin.name == "RMSNorm")
+
+
+@pytest.mark.parametrize(
+    "x", [None, 1.0, [[1.0, 2.0, 3.0]], "image"], ids=repr
+)
+@over(LAYERS)
+@with_backends(*CHOSEN)
+def test_what_is_no_tensor_at_all(twin, x):
+    refusals(twin.pair(), lambda module: module(x))
 
 
 @pytest.mark.parametrize(
@@ -404,6 +631,9 @@ def test_a_failed_call_leaves_every_buffer_as_it_was(shape, momentum):
         ("BatchNorm2d", (3, 4), r"expected 4D input \(got 2D input\).*3, 4"),
         ("BatchNorm3d", (3,) * 4, r"expected 5D input \(got 4D input\)"),
         ("BatchNorm", (3,), r"at least 2D input \(got 1D input\)"),
+        ("InstanceNorm1d", (3,), r"expected 2D or 3D input.*\(3,\)"),
+        ("InstanceNorm2d", (3, 4), r"expected 3D or 4D input \(got 2D"),
+        ("InstanceNorm3d", (3, 4), r"expected 4D or 5D input \(got 2D"),
     ],
 )
 def test_a_wrong_rank_is_named_with_what_is_taken(name, shape, message):
@@ -411,197 +641,75 @@ def test_a_wrong_rank_is_named_with_what_is_taken(name, shape, message):
         getattr(normlib, name)(3)(torch.ones(shape))
 
 
-@pytest.mark.parametrize("size", [-1, 2.5, "3"])
-def test_a_bad_number_of_features_raises_what_torch_raises(size):
-    with pytest.raises((RuntimeError, TypeError)) as expected:
-        torch.nn.BatchNorm1d(size)
-    with pytest.raises(expected.type):
-        normlib.BatchNorm1d(size)
+@pytest.mark.parametrize(
+    ("twin", "shape", "message"),
+    [
+        ("InstanceNorm1d", (2, 4, 5), r"num_features \(3\).*got: 4"),
+        ("GroupNorm", (2, 9, 4), r"9.*num_groups=2"),
+        ("GroupNorm", (2, 4, 4), r"weight.*\(4,\), got \(6,\)"),
+        ("LayerNorm", (2, 6), r"normalized_shape=\(5,\).*\(2, 6\)"),
+        ("RMSNorm image", (3, 5, 4), r"\(3, 5, 2\).*\(3, 5, 4\)"),
+    ],
+)
+@with_backends(*CHOSEN, "eager")
+def test_errors_carry_the_rule_and_the_received_values(twin, shape, message):
+    ours, _ = LAYERS[twin].pair()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ours(torch.ones(shape))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 2)])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_an_empty_batch_counts_and_moves_nothing(shape, momentum):
-    ours, theirs = pair("BatchNorm2d", momentum=momentum)
-    x, dy = torch.empty(shape), torch.empty(shape)
-    assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_bad_value_spoils_its_channel_as_in_torch(bad):
-    ours, theirs = pair("BatchNorm1d")
-    x, dy = draw((6, 3)), draw((6, 3), 1)
-    x[2, 1] = bad
-    assert_close(outcome(ours, x, dy), outcome(theirs, x, dy))
-
-
-# Whatever else people do to a layer.
-
-
-def test_second_derivatives(layer, config):
+@pytest.mark.parametrize("name", ["InstanceNorm1d", "InstanceNorm1d single"])
+@with_backends(*CHOSEN, "eager")
+def test_other_channels_without_affine_are_warned_of(name):
+    twin = LAYERS[name]._replace(config={})
+    x = twin.draw(shape=(*twin.shape[:-2], 4, 5))
     results = []
-    for module in pair(layer[0], **config, dtype=torch.float64):
-        x = draw(layer[1], dtype=torch.float64).requires_grad_()
-        leaves = [x, *module.parameters()]
-        first = torch.autograd.grad(
-            module(x),
-            leaves,
-            draw(layer[1], 1, torch.float64),
-            create_graph=True,
-        )
-        penalty = sum(g.square().sum() for g in first)
-        results.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
-    for a, b in zip(*results, strict=True):
-        zero = torch.zeros(())
-        assert_close(zero if a is None else a, zero if b is None else b)
+    for module in twin.pair():
+        with pytest.warns(UserWarning, match="size at dim") as caught:
+            results.append(module(x))
+        assert len(caught) == 1
+    assert_same(*zip(results, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("training", [True, False])
-def test_functorch_transforms(training):
-    config = {} if not training else {"track_running_stats": False}
-    ours, theirs = (
-        m.train(training)
-        for m in pair("BatchNorm1d", dtype=torch.float64, **config)
-    )
-    x = draw((6, 3), dtype=torch.float64)
-    dx = draw((6, 3), 1, torch.float64)
-
-    def everything(module):
-        state = dict(module.named_parameters())
-
-        def loss(state, x):
-            return functional_call(module, state, (x,)).pow(3).sum()
-
-        return [
-            *grad(loss)(state, x).values(),
-            jacrev(module)(x),
-            jvp(module, (x,), (dx,))[1],
-            vmap(module)(torch.stack([x, dx, x - dx])),
-            vmap(grad(lambda x: module(x).pow(3).sum()))(torch.stack([x, dx])),
-        ]
-
-    assert_close(everything(ours), everything(theirs))
-
-
-def test_vmap_over_running_statistics_is_refused_not_silent():
-    """One buffer cannot hold the statistics of many batches."""
-    for module in pair("BatchNorm1d"):
-        with pytest.raises((RuntimeError, ValueError)):
-            vmap(module)(draw((2, 6, 3)))
-
-
+@over(LAYERS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_compiled_without_a_graph_break(training, momentum):
-    ours, theirs = (
-        m.train(training) for m in pair("BatchNorm2d", momentum=momentum)
-    )
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for seed, shape in enumerate([(4, 3, 5, 2), (4, 3, 5, 2), (7, 3, 4, 4)]):
-        x, dy = draw(shape, seed), draw(shape, 9)
-        assert_close(outcome(compiled, x, dy), outcome(theirs, x, dy))
+@with_backends(*CHOSEN)
+def test_empty_batches(twin, training, momentum):
+    """Where torch takes them, they count and move nothing."""
+    for axis in range(len(twin.shape)):
+        shape = list(twin.shape)
+        shape[axis] = 0
+        pair = [m.train(training) for m in twin.pair()]
+        for module in pair:
+            module.momentum = momentum
+        x = torch.empty(shape)
+        assert_same_or_refused(pair, lambda m: outcome(m, x, x))  # noqa: B023
 
 
+@over(where(lambda twin: not twin.single))
+def test_the_formula_takes_empty_batches_too(twin):
+    """Also where torch refuses them; and no gradient is NaN, as there."""
+    last = len(twin.shape) - 1
+    for axis in {0, last if last > 1 and twin.tracks else 0}:
+        shape = list(twin.shape)
+        shape[axis] = 0
+        ours, _ = twin.pair()
+        x = torch.empty(shape)
+        with chosen("eager"):
+            y, dx, *rest = outcome(ours, x, x)
+        assert y.shape == dx.shape == x.shape
+        assert all(t.isfinite().all() for t in rest)
+
+
+@over(LAYERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("training", [True, False])
-def test_exported_with_a_dynamic_batch(training):
-    ours, theirs = (m.train(training) for m in pair("BatchNorm2d"))
-    program = torch.export.export(
-        ours,
-        (draw((4, 3, 5, 2)),),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
-    )
-    module = program.module()
-    for n in (4, 9):
-        x = draw((n, 3, 5, 2), n)
-        assert_close(module(x), theirs(x))
-    if training:
-        assert_close(
-            [b.float() for b in module.buffers()],
-            [b.float() for b in theirs.buffers()],
-        )
-
-
-def test_pickled_copied_and_saved():
-    ours, _ = pair("BatchNorm2d")
-    x = draw((4, 3, 5, 2))
-    buffer = io.BytesIO()
-    torch.save(ours, buffer)
-    buffer.seek(0)
-    copies = [
-        pickle.loads(pickle.dumps(ours)),
-        copy.deepcopy(ours),
-        torch.load(buffer, weights_only=False),
-    ]
-    expected = ours(x)
-    for module in copies:
-        assert_close(module(x), expected)
-        assert_close(list(module.buffers()), list(ours.buffers()))
-
-
-def test_on_the_meta_device_shapes_pass_and_nothing_is_computed():
-    ours, theirs = (
-        lib.BatchNorm2d(3, device="meta") for lib in (normlib, torch.nn)
-    )
-    x = torch.empty(4, 3, 5, 2, device="meta")
-    for a, b in zip(
-        (ours(x), *ours.state_dict().values()),
-        (theirs(x), *theirs.state_dict().values()),
-        strict=True,
-    ):
-        assert a.is_meta
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    real = ours.to_empty(device="cpu")
-    real.reset_parameters()
-    assert_close(
-        real(draw((4, 3, 5, 2))), torch.nn.BatchNorm2d(3)(draw((4, 3, 5, 2)))
-    )
-    with torch.device("meta"):
-        assert normlib.BatchNorm2d(3).running_var.is_meta
-
-
-def test_moved_and_cast_with_its_model():
-    model = torch.nn.Sequential(normlib.BatchNorm1d(3)).double()
-    assert model[0].running_var.dtype == torch.float64
-    assert model[0].num_batches_tracked.dtype == torch.long
-    assert model(draw((6, 3), dtype=torch.float64)).dtype == torch.float64
-
-
-def test_under_autocast_the_dtype_is_torchs():
-    ours, theirs = pair("BatchNorm2d")
-    conv = torch.nn.Conv2d(3, 3, 3)
-    x = draw((4, 3, 5, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        a, b = ours(conv(x)), theirs(conv(x))
-    assert a.dtype == b.dtype
-    assert_close(a, b)
-
-
-def test_it_serves_in_a_network_that_trains():
-    """The same seed, the same data: the same losses, step after step."""
-    losses = []
-    for lib in (normlib, torch.nn):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 4, 3, bias=False),
-            lib.BatchNorm2d(4),
-            torch.nn.ReLU(),
-            torch.nn.Flatten(),
-            torch.nn.Linear(4 * 36, 5, bias=False),
-            lib.BatchNorm1d(5),
-        ).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        x = draw((16, 1, 8, 8), dtype=torch.float64)
-        y = torch.arange(16) % 5
-        steps = []
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            steps.append(loss.item())
-        model.eval()
-        losses.append([*steps, model(x).square().mean().item()])
-    assert losses[0][9] < losses[0][0]
-    assert_close(losses[0], losses[1])
+@with_backends()
+def test_one_bad_value_spoils_what_it_spoils_in_torch(twin, bad, training):
+    pair = [m.train(training) for m in twin.pair()]
+    x, dy = twin.draw(), twin.draw(1)
+    x.view(-1)[3] = bad
+    a, b = (outcome(module, x, dy) for module in pair)
+    assert_same(a, b)
+    assert not a[0].isfinite().all()
