@@ -8,21 +8,16 @@ comparison with PyTorch is recorded with its device and largest difference.
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
 import linecache
 import os
 import pathlib
-import platform
-import re
-import subprocess
 import sys
 import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "benchmarks" / "records"
 sys.path.insert(0, str(ROOT))
 
 import matplotlib  # noqa: E402
@@ -32,6 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.provenance import RECORDS, name_of, provenance  # noqa: E402
 from normlib import testing  # noqa: E402
 from tools.book import code_cells  # noqa: E402
 
@@ -91,72 +87,6 @@ def run(path, echo=False):
     }
 
 
-def said_by(*command):
-    """Return what a command prints, or None where it fails."""
-    try:
-        run = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
-
-
-def processor():
-    """Return the name of the processor."""
-    with contextlib.suppress(OSError):
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-        if found := re.search(r"model name\s*: (.+)", text):
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def driver():
-    """Return the version of the CUDA driver, or None."""
-    asked = "--query-gpu=driver_version"
-    found = said_by("nvidia-smi", asked, "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
-
-
-def source(commit=None):
-    """Return the commit that runs, and whether the checkout differs from it.
-
-    Args:
-        commit: vouched for by the caller, where the files came without git.
-    """
-    changed = said_by("git", "status", "--porcelain")
-    if changed is not None:
-        return said_by("git", "rev-parse", "HEAD") or "unknown", bool(changed)
-    return commit or "unknown", commit is None
-
-
-def provenance(device, commit=None):
-    """Return where, when and from what the record was made."""
-    commit, dirty = source(commit)
-    cuda = device == "cuda"
-    now = datetime.datetime.now(datetime.UTC)
-    return {
-        "kind": device,
-        "device": torch.cuda.get_device_name() if cuda else processor(),
-        "driver": driver() if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-        "dirty": dirty,
-        "date": now.isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.chapters --device {device}",
-    }
-
-
-def name_of(about):
-    """Return the file's name: kind, device and date."""
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    return f"chapters-{about['kind']}-{device}-{about['date'][:10]}.json"
-
-
 def table(record):
     """Return the record as text, a line for each chapter and device."""
     lines = [f"{'chapter':32} {'device':6} comparisons  largest  seconds"]
@@ -188,7 +118,7 @@ def main():
         sys.exit("normlib: no CUDA device here")
     # On a GPU the comparisons run on both, so that the record has both.
     testing.use_devices(*dict.fromkeys(("cpu", options.device)))
-    about = provenance(options.device, options.commit)
+    about = provenance("benchmarks.chapters", options.device, options.commit)
     record = {"provenance": about, "chapters": {}}
     for path in chapters():
         print(f"normlib: running {path.name}", flush=True)

@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from benchmarks import chapters
+from benchmarks import chapters, provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
@@ -66,7 +66,7 @@ def assert_record(record):
 def test_a_committed_record_is_complete_and_from_a_clean_checkout(file):
     record = json.loads(file.read_text())
     assert_record(record)
-    assert file.name == chapters.name_of(record["provenance"])
+    assert file.name == provenance.name_of(record["provenance"])
     assert not record["provenance"]["dirty"]
     assert record["provenance"]["commit"] != "unknown"
 
