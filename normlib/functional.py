@@ -133,7 +133,12 @@ def batch_norm(
         if found is not None:
             y, batch = found
             if training and running_mean is not None:
-                update_running(running_mean, running_var, batch, momentum)
+                running = running_mean, running_var
+                if not torch.compiler.is_compiling():
+                    # As torch's kernel, without counting it as a change: a
+                    # graph of torch's own holds them, and does not use them.
+                    running = [r.data for r in running]
+                update_running(*running, batch, momentum)
             return y
     if (
         not training

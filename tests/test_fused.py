@@ -8,6 +8,7 @@ from cases import CASES, draw
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
+import normlib
 from normlib import backends, functional
 from normlib.axes import stat_axes
 from normlib.backends import eager, fused
@@ -406,6 +407,23 @@ def test_batch_norm_moves_its_running_statistics_once(kernels):
     assert not any(r.requires_grad for r in running)
 
 
+def test_a_small_and_a_large_batch_in_one_graph(monkeypatch):
+    """Torch's kernel keeps the running statistics that ours then moves."""
+    bn = normlib.BatchNorm1d(3, dtype=torch.float64)
+    theirs = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+    results = []
+    for module in (bn, theirs):
+        x = X.clone().requires_grad_()
+        monkeypatch.setattr(backends, "LEAST", 2**15)
+        y = module(x)
+        monkeypatch.setattr(backends, "LEAST", 0)
+        with backends.use_backend("eager"):
+            z = module(x)
+        torch.autograd.backward([y, z], [DY, DY])
+        results.append([x.grad, *module.buffers()])
+    assert_close(*results)
+
+
 def test_a_missing_private_name_switches_every_fast_path_off(
     kernels, monkeypatch
 ):
@@ -418,8 +436,6 @@ def test_nothing_is_missing_in_this_torch():
 
 
 def test_functional_call_of_a_layer(kernels):
-    import normlib
-
     layer = normlib.LayerNorm(5, dtype=torch.float64)
     y = functional_call(layer, {"weight": W, "bias": B}, (X,))
     assert_close(y, torchs(X))
