@@ -1,7 +1,7 @@
 """The norms as functions on PyTorch tensors.
 
 :func:`normalize` is the one formula. The five norms are the same with the
-signatures of :mod:`torch.nn.functional`; each sees its input as
+signatures of ``torch.nn.functional``; each sees its input as
 (N, G, K, M) and leaves the choice of a backend to :mod:`normlib.backends`.
 Where none of ours is faster, torch's own kernel is called. :func:`moments`
 and :func:`batch_normalization` are TensorFlow's pair from ``tf.nn``.
@@ -511,13 +511,13 @@ def _torchs(function, check, *args):
 def _misread(x: Tensor) -> bool:
     """Whether torch's own instance norm has a wrong backward.
 
-    On the CPU, for a single image, it takes a gradient with the channels
-    last (as a convolution may send it) for one with the channels first. With
-    the positions flattened it does not.
+    On the CPU, for a single image or channel, it takes a gradient with the
+    channels last (as a convolution may send it) for one with the channels
+    first. With the positions flattened it does not.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return isinstance(x, Tensor) and x.dim() > 3 and x.shape[0] == 1
+    return isinstance(x, Tensor) and x.dim() > 3 and 1 in x.shape[:2]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:

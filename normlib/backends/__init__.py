@@ -37,8 +37,8 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
 """Every backend by name, in the order of preference."""
 
 LEAST = 2**15
-"""Calls with fewer values than this are torch's: nothing is faster there,
-and already asking would take longer than it could save."""
+"""With fewer values than this a call is left to torch. Nothing is faster
+there, and already asking would take longer than it could save."""
 
 _forced: str | None = None
 
