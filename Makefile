@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: book serve test notebooks lint lock clean help
+.PHONY: book serve test notebooks bench lint lock clean help
 
 # Installed again only when what is to be installed has changed.
 $(ready): pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ test: $(ready) ## everything that checks: style, units, notebooks, pages
 
 notebooks: $(ready) ## execute the notebooks in place and write their outputs
 	@$(bin)/python -m tools.notebooks --execute
+
+bench: $(ready) ## measure the layers against torch.nn (some minutes)
+	@env -u OMP_NUM_THREADS $(bin)/python -m benchmarks.speed \
+	  --out _build/records
 
 lint: $(ready) ## ruff, and the rules for stamped text
 	@$(bin)/ruff check .

@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from benchmarks import chapters, provenance
+from benchmarks import chapters, provenance, speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
@@ -37,19 +37,56 @@ COMPARISON = {
 }
 
 
+LINE = {
+    "layer": str,
+    "title": str,
+    "why": str,
+    "shape": list,
+    "options": dict,
+    "channels_last": bool,
+    "training": bool,
+    "dtype": str,
+    "pass": str,
+    "elements": int,
+    "samples": int,
+    "results": dict,
+    "memory": dict | None,
+}
+RESULT = {"ms": list, "gbs": float, "share": float, "ratio": float}
+CHECK = {"title": str, "dtype": str, "mean": float, "errors": dict}
+GOAL = {
+    "goal": str,
+    "bound": float,
+    "number": float | None,
+    "where": str | None,
+    "met": bool,
+}
+
+
 def assert_kinds(told, kinds):
     assert set(told) == set(kinds)
     for key, kind in kinds.items():
         assert isinstance(told[key], kind), key
 
 
-def assert_record(record):
-    assert set(record) == {"provenance", "chapters"}
-    about = record["provenance"]
+def assert_provenance(about):
     assert_kinds(about, ABOUT)
     assert about["kind"] in ("cpu", "cuda")
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", about["commit"])
     assert datetime.datetime.fromisoformat(about["date"]).tzinfo
+
+
+def assert_record(record):
+    assert_provenance(record["provenance"])
+    if "chapters" in record:
+        assert_chapters(record)
+    else:
+        assert_speed(record)
+
+
+def assert_chapters(record):
+    assert set(record) == {"provenance", "chapters"}
+    about = record["provenance"]
     assert record["chapters"]
     for ran in record["chapters"].values():
         assert set(ran) == {"seconds", "cells", "comparisons"}
@@ -60,6 +97,31 @@ def assert_record(record):
         devices = {c["device"] for c in ran["comparisons"]}
         if devices:
             assert about["kind"] in devices
+
+
+def assert_speed(record):
+    assert set(record) == {
+        *("provenance", "allocator", "copy_gbs"),
+        *("goals", "speed", "checks"),
+    }
+    assert record["copy_gbs"] >= 0
+    if record["provenance"]["kind"] == "cpu":
+        assert record["allocator"]["MALLOC_MMAP_MAX_"] == "0"
+    for goal in record["goals"]:
+        assert_kinds(goal, GOAL)
+    for line in record["speed"]:
+        assert_kinds(line, LINE)
+        assert {"torch", "normlib", "eager"} <= set(line["results"])
+        for result in line["results"].values():
+            assert_kinds(result, RESULT)
+            assert result["ms"] == sorted(result["ms"])
+            assert result["ms"][0] > 0
+        assert (line["memory"] is not None) == (line["pass"] == "both")
+    timed = {(line["title"], line["dtype"]) for line in record["speed"]}
+    for check in record["checks"]:
+        assert_kinds(check, CHECK)
+        assert {"torch", "normlib", "eager"} <= set(check["errors"])
+    assert {(c["title"], c["dtype"]) for c in record["checks"]} == timed
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -117,6 +179,26 @@ def test_a_cell_that_fails_is_named(book):
         match=r"01_one.ipynb, code cell 2 of 2 failed: ZeroDivisionError",
     ):
         chapters.main()
+
+
+def test_a_trial_of_the_speed_leaves_a_complete_record(
+    tmp_path, monkeypatch, capsys
+):
+    for name, value in speed.PINNED.items():
+        monkeypatch.setenv(name, value)
+    told = ["speed", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", told)
+    speed.main()
+    (file,) = tmp_path.glob("speed-cpu-*.json")
+    record = json.loads(file.read_text())
+    assert_record(record)
+    titles = {line["title"] for line in record["speed"]}
+    assert titles == {row.title for row in speed.QUICK}
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in titles)
+    goals = speed.judge(record["speed"], record["checks"])
+    assert record["goals"] == goals
+    assert all(speed.verdict(goal) in shown for goal in goals)
 
 
 def record_page():
