@@ -134,7 +134,7 @@ def batch_norm(
             y, batch = found
             if training and running_mean is not None:
                 running = running_mean, running_var
-                if not torch.compiler.is_compiling():
+                if fused.plain(*running):
                     # As torch's kernel, without counting it as a change: a
                     # graph of torch's own holds them, and does not use them.
                     running = [r.data for r in running]
