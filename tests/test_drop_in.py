@@ -32,7 +32,8 @@ import normlib
 from normlib.testing import assert_close
 
 RUNNING = where(lambda twin: twin.tracks)
-BATCHED = where(lambda twin: not twin.single)
+KINDS = {name: LAYERS[name] for name in NAMES}
+"""One of each layer, for what takes long and does not look at shapes."""
 STATELESS = where(lambda twin: not twin.tracks, TWINS)
 """With nothing that a transform could not carry along."""
 
@@ -135,6 +136,34 @@ def test_functorch_transforms(twin):
         assert_close(everything(ours), everything(theirs))
 
 
+@over(RUNNING)
+@with_backends()
+def test_running_statistics_go_in_and_out_of_a_transform(twin):
+    """As an ensemble is trained: parameters and buffers are arguments."""
+    x = twin.draw(0, torch.float64, shape=(2, *twin.shape))
+    results = []
+    for module in twin.pair(dtype=torch.float64):
+        state = dict(module.named_parameters())
+        buffers = {k: v.clone() for k, v in module.named_buffers()}
+        many = {k: torch.stack([v, v]) for k, v in buffers.items()}
+
+        def loss(state, buffers, x, module=module):
+            buffers = {k: v.clone() for k, v in buffers.items()}
+            y = functional_call(module, (state, buffers), (x,))
+            return y.pow(3).sum(), buffers
+
+        for slope, given in (
+            (grad(loss, has_aux=True), (state, buffers, x[0])),
+            (
+                vmap(grad(loss, has_aux=True), (None, 0, 0)),
+                (state, many, x),
+            ),
+        ):
+            slopes, moved = slope(*given)
+            results.append([*slopes.values(), *moved.values()])
+    assert_close(results[:2], results[2:])
+
+
 @over(where(lambda t: len(t.shape) in (4, 5) and t.name != "GroupNorm"))
 @with_backends()
 def test_vmap_over_channels_last(twin):
@@ -195,15 +224,10 @@ def test_a_batch_of_gradients(twin):
 # Compilers and tracers.
 
 
-@over(LAYERS)
-@pytest.mark.parametrize("momentum", [0.1, None])
+@over(KINDS | {"cumulative": TWINS["BatchNorm1d cumulative"]})
 @with_backends("default", "eager")
-def test_compiled_without_a_graph_break(twin, momentum):
-    if momentum is None and not twin.tracks:
-        return
+def test_compiled_without_a_graph_break(twin):
     pair = twin.pair()
-    for module in pair:
-        module.momentum = momentum
     torch._dynamo.reset()
     compiled = torch.compile(pair[0], fullgraph=True, backend="aot_eager")
     x, dy = twin.draw(), twin.draw(1)
@@ -230,13 +254,11 @@ def test_compiled_for_batches_of_any_size(name):
         assert_same(*results, laid_out=0)
 
 
-@over(BATCHED)
+@over(KINDS)
 @pytest.mark.parametrize("training", [True, False])
 @with_backends("default", "eager")
 def test_exported_with_a_dynamic_batch(twin, training):
     if not training and not twin.tracks:
-        return
-    if twin.shape[0] == 1:
         return
     ours, theirs = (m.train(training) for m in twin.pair())
     program = torch.export.export(
@@ -251,7 +273,7 @@ def test_exported_with_a_dynamic_batch(twin, training):
     assert_close(list(module.buffers()), list(theirs.buffers()))
 
 
-@over(LAYERS)
+@over(KINDS)
 @with_backends()
 def test_traced_into_a_graph_of_torchs_operations(twin):
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -265,7 +287,7 @@ def test_traced_into_a_graph_of_torchs_operations(twin):
         assert "normlib" not in str(node.target)
 
 
-@over(LAYERS)
+@over(KINDS)
 @pytest.mark.parametrize("training", [True, False])
 @with_backends()
 def test_a_jit_trace(twin, training):
@@ -279,7 +301,7 @@ def test_a_jit_trace(twin, training):
     assert_close(*(list(module.buffers()) for module in pair))
 
 
-@over(BATCHED)
+@over(KINDS)
 @with_backends("default", EVERYWHERE)
 def test_a_jit_trace_holds_no_size_that_torchs_does_not(twin):
     """Nothing of the batch that it was traced with remains."""

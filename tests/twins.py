@@ -76,6 +76,7 @@ LAYERS = {
     "InstanceNorm1d single": Twin("InstanceNorm1d", (3,), (3, 5), FULL),
     "InstanceNorm2d": Twin("InstanceNorm2d", (3,), (4, 3, 5, 2), FULL),
     "InstanceNorm2d one": Twin("InstanceNorm2d", (3,), (1, 3, 5, 2), FULL),
+    "InstanceNorm2d gray": Twin("InstanceNorm2d", (1,), (4, 1, 5, 2), FULL),
     "InstanceNorm2d single": Twin("InstanceNorm2d", (3,), (3, 5, 2), FULL),
     "InstanceNorm3d": Twin("InstanceNorm3d", (3,), (2, 3, 2, 3, 4), FULL),
     "InstanceNorm3d single": Twin("InstanceNorm3d", (3,), (3, 2, 3, 4), FULL),
