@@ -584,7 +584,8 @@ html[data-theme=dark] .bd-content div.cell_output
 justify-content:center;border:1px solid var(--nk-line);border-radius:6px;
 background:var(--nk-back);margin:.5rem 0;padding:.4rem;
 touch-action:manipulation}
-.normlib-cube svg{display:block;flex:1 1 150px;max-width:260px;height:auto}
+.normlib-cube svg{display:block;flex:0 1 calc(33% - .2rem);min-width:150px;
+height:auto}
 .normlib-cube rect{fill:var(--nk-off);cursor:pointer}
 .normlib-cube rect.on{fill:var(--nk-on)}
 .normlib-cube rect.at{stroke:var(--nk-at);stroke-width:4}
