@@ -22,16 +22,19 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 PATHS = {
     # Long rows: a prime number of positions over the longest chain of
     # squares; one that is cut in two; an odd one that is neither.
-    Case("batch_norm", (2, 2, 4099)): "_BATCH",
-    Case("batch_norm", (2, 2, 8194)): "_BATCH",
-    Case("batch_norm", (3, 5, 7, 9)): "_BATCH",
-    Case("batch_norm", (1, 3, 1, 41)): "_BATCH",
+    Case("batch_norm", (2, 2, 4099)): "_PLANES",
+    Case("batch_norm", (2, 2, 8194)): "_PLANES",
+    Case("batch_norm", (3, 5, 7, 9)): "_PLANES",
+    Case("batch_norm", (1, 3, 1, 41)): "_PLANES",
     # Few positions: two, one less than a vector, more rows than one chain.
-    Case("batch_norm", (3, 5, 2)): "_BATCH",
-    Case("batch_norm", (9, 5, 7)): "_BATCH",
-    Case("batch_norm", (520, 3, 2, 2)): "_BATCH",
-    Case("batch_norm", (7, 5)): "_TORCH_BATCH",
-    Case("batch_norm", (2, 1)): "_TORCH_BATCH",
+    Case("batch_norm", (3, 5, 2)): "_BATCH_COLUMNS",
+    Case("batch_norm", (9, 5, 7)): "_BATCH_COLUMNS",
+    Case("batch_norm", (520, 3, 2, 2)): "_BATCH_COLUMNS",
+    Case("batch_norm", (5, 3, 4, 4)): "_BATCH_COLUMNS",
+    # No positions; more rows than one chain, by an odd number.
+    Case("batch_norm", (7, 5)): "_BATCH_COLUMNS",
+    Case("batch_norm", (2, 1)): "_BATCH_COLUMNS",
+    Case("batch_norm", (523, 3)): "_BATCH_COLUMNS",
     # One weight to a row, or none.
     Case("instance_norm", (2, 5, 3, 5)): "_ROWS",
     Case("instance_norm", (1, 1, 2)): "_ROWS",
@@ -45,14 +48,14 @@ PATHS = {
     Case("rms_norm", (40, 65), normalized=(65,)): "_RMS",
 }
 CHANNELS_LAST = {
-    Case("batch_norm", (3, 5, 7, 3)): "_TORCH_BATCH",
-    Case("instance_norm", (2, 5, 3, 5)): "_LAST",
-    Case("instance_norm", (1, 3, 2, 1)): "_LAST",
-    Case("instance_norm", (2, 3, 2, 3, 2)): "_LAST",
+    Case("batch_norm", (3, 5, 7, 3)): "_BATCH_COLUMNS",
+    Case("instance_norm", (2, 5, 3, 5)): "_COLUMNS",
+    Case("instance_norm", (1, 3, 2, 1)): "_COLUMNS",
+    Case("instance_norm", (2, 3, 2, 3, 2)): "_COLUMNS",
     # Two parts to a sample: 2 * 171 positions, 256 at most in a chain.
-    Case("group_norm", (2, 6, 18, 19), groups=3): "_LAST",
-    Case("group_norm", (2, 6, 3, 3), groups=1): "_LAST",
-    Case("group_norm", (3, 4, 5, 1), groups=2): "_LAST",
+    Case("group_norm", (2, 6, 18, 19), groups=3): "_COLUMNS",
+    Case("group_norm", (2, 6, 3, 3), groups=1): "_COLUMNS",
+    Case("group_norm", (3, 4, 5, 1), groups=2): "_COLUMNS",
 }
 KERNELS = [(case, False) for case in PATHS] + [
     (case, True) for case in CHANNELS_LAST

@@ -7,14 +7,14 @@ for which:
 * Batch norm over images: its pass for the statistics is slow. Sums and norms
   of the rows, merged in float64, give the same; then one pass of batch norm
   in evaluation mode.
-* Rows of contiguous values that share one weight (instance norm, layer and
-  group norm without weight): forward, group norm with one group a row;
-  backward, batch norm with one channel a row.
-* Channels last, statistics of a sample: each sample is a batch to batch
-  norm, and the channels of a group merge.
+* Rows of contiguous values that share one weight (instance norm, layer norm
+  without weight): forward, group norm with one group a row; backward, batch
+  norm with one channel a row.
+* Columns (channels last, dense layers, images of few positions): batch norm's
+  kernel for columns, on parts that are short enough to keep their digits.
+  Their moments merge: over the batch, or over the channels of a group.
 * RMS norm: torch composes it of whole passes over memory. Here they run over
-  blocks of rows that stay in the cache, and the backward is layer norm's
-  with mean 0, less the term that would keep the mean.
+  blocks of rows that stay in the cache.
 
 The rest is torch's own kernel. Tensors come without a graph: the autograd
 around these passes is in :mod:`normlib.backends.fused`. Nothing that is
@@ -34,14 +34,13 @@ from torch import Tensor
 
 from normlib.axes import View
 from normlib.backends import fused
-from normlib.stats import Moments
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 BLOCK = 2**19
-"""Values in a block: a few such blocks stay in the caches of two cores."""
+"""Values in a block for each thread, so that a few stay in its cache."""
 
 CHAIN = 2**12
 """The longest sum of squares that is left to float32. Its rounding error
@@ -69,8 +68,8 @@ class _Path(NamedTuple):
     backward: Callable
     least: float
     """Values in x from which on it pays; infinite where never."""
-    fits: Callable = lambda view: True
-    """Whether, with so many values, it pays for a view."""
+    fits: Callable = lambda x, view: True
+    """Whether, with so many values, it pays for this call."""
 
 
 def available() -> bool:
@@ -115,7 +114,8 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
     if norm == "normalize":  # by a view, whichever norm that is
         return 0
     if not x.is_contiguous():
-        return _LAST.least if norm in _BY_SAMPLE else math.inf
+        path = _CHANNELS_LAST.get(norm)
+        return math.inf if path is None else path.least
     if norm == "layer_norm" and weight is not None:
         return _LAYER.least
     if norm == "group_norm" and weight is not None:
@@ -137,7 +137,7 @@ def pays(
     ``python -m benchmarks.speed`` measures it.
     """
     path = _path(x, view, weight, bias, over_batch, centered)
-    return path is not None and x.numel() >= path.least and path.fits(view)
+    return path is not None and x.numel() >= path.least and path.fits(x, view)
 
 
 def forward(
@@ -205,9 +205,9 @@ def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     if over_batch:
         if not centered or not channels or view.K > 1:
             return None
-        return _BATCH if contiguous and view.M > 1 else _TORCH_BATCH
+        return _PLANES if contiguous and not _few(view) else _BATCH_COLUMNS
     if not contiguous:
-        return _LAST if centered and channels else None
+        return _COLUMNS if centered and channels else None
     one_each = view.M == 1 and view.G == 1
     if not centered:
         return _RMS if one_each and bias is None else None
@@ -216,46 +216,31 @@ def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     return _LAYER if one_each else _GROUPS
 
 
-# Batch norm
+def _few(view):
+    """Whether each position is better seen as a channel of its own.
+
+    Rows of so few values are too short for a kernel over rows.
+    """
+    return view.M < 8 or (view.M <= 32 and view.G * view.M <= 4096)
 
 
-def _batch_forward(x, view, weight, bias, eps):
-    mean, var = _batch_moments(x, view)
-    return _by_moments(x, view, mean, var, weight, bias, eps)
+# Batch norm over planes of positions
 
 
-def _by_moments(x, view, mean, var, weight, bias, eps):
+def _planes_forward(x, view, weight, bias, eps):
+    mean, var = _planes_moments(x, view)
+    if not _near(mean, var, FAR):
+        mean, var = _torch_moments(x)
     rstd = (var + eps).rsqrt().to(x.dtype)
     mean, var = mean.to(x.dtype), var.to(x.dtype)
-    parts = (weight, bias, mean, var)
-    if x.is_contiguous() and _few(view):
-        seen = x.view(view.N, -1)
-        parts = (
-            None if p is None else p.repeat_interleave(view.M) for p in parts
-        )
-    else:
-        seen = x
-    y, _, _ = torch.native_batch_norm(seen, *parts, False, 0.0, eps)
-    return _shaped(y, x), mean, var, rstd
+    y, _, _ = torch.native_batch_norm(
+        x, weight, bias, mean, var, False, 0.0, eps
+    )
+    return y, mean, var, rstd
 
 
-def _batch_moments(x, view):
+def _planes_moments(x, view):
     """The mean and the biased variance of each channel, in float64."""
-    n, c, _, m = view
-    if _few(view):
-        found = _column_moments(x.view(1, n, c * m))
-        mean, var = _merged(*(p.view(c, m) for p in found), 1)
-    else:
-        mean, var = _long_moments(x, view)
-    return (mean, var) if _near(mean, var, FAR) else _torch_moments(x)
-
-
-def _near(mean, var, limit):
-    """Whether no mean is that many standard deviations from 0; NaN is not."""
-    return bool((mean.square() <= limit**2 * var).all())
-
-
-def _long_moments(x, view):
     n, c, _, m = view
     length = _part(m, CHAIN)
     rows = x.view(n, c, m // length, length)
@@ -268,19 +253,6 @@ def _long_moments(x, view):
     return _merged(*_row_moments(x.view(n, c, m)), 0)
 
 
-def _few(view):
-    """Whether each position is better seen as a channel of its own.
-
-    Rows of so few values are too short for a kernel over rows.
-    """
-    return view.M < 8 or (view.M <= 32 and view.G * view.M <= 4096)
-
-
-def _torch_moments(x):
-    found = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return [p.double() for p in found]
-
-
 def _row_moments(x):
     _, c, m = x.shape
     found = [
@@ -289,6 +261,158 @@ def _row_moments(x):
     ]
     _, mean, rstd = zip(*found, strict=True)
     return torch.cat(mean).double(), torch.cat(rstd).double().pow(-2)
+
+
+def _torch_moments(x):
+    found = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return [p.double() for p in found]
+
+
+def _planes_backward(dy, x, view, weight, mean, rstd, needs):
+    n, c, _, m = view
+    if m >= MANY or x.numel() < LARGE:
+        return _torch_batch_backward(dy, x, view, weight, mean, rstd, needs)
+    rows = (1, n * c, m)
+    each = [p.repeat(n) for p in (mean, rstd)]
+    sums = _sums(dy.view(rows), x.view(rows), *each)
+    sums = [s.view(n, c).sum(0) for s in sums]
+    dx = None
+    if needs[0]:
+        dx = torch.empty_like(x)
+        line = _line(view, weight, mean, rstd, *sums, n * m)
+        _combine(*(t.view(n, c, m) for t in (dx, dy, x)), *line)
+    return _wanted((dx, *sums), needs)
+
+
+# Columns: the channels last, or so few positions that each is a channel
+
+
+def _columns(x, view, over_batch):
+    """See x as (instances, rows, columns); a column is of one channel."""
+    n, g, k, m = view
+    if not x.is_contiguous():
+        x = x.movedim(1, -1).view(n, m, g * k)
+        return x.view(1, n * m, g * k) if over_batch else x
+    return x.view(1, n, g * k * m)
+
+
+def _torch_is_fast(x, view, over_batch):
+    """Whether torch has a fast kernel for these columns.
+
+    It loses digits where the mean is away from 0, so it is only asked then.
+    """
+    if over_batch:
+        return view.M == 1 or not x.is_contiguous()
+    return view.K > 1
+
+
+def _columns_forward(x, view, weight, bias, eps, *, over_batch):
+    if _torch_is_fast(x, view, over_batch):
+        found = _torch_forward(x, view, weight, bias, eps, over_batch)
+        if found is not None:
+            return found
+    return _exact_forward(x, view, weight, bias, eps, over_batch)
+
+
+def _torch_forward(x, view, weight, bias, eps, over_batch):
+    if not over_batch:
+        n, g, k, m = view
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, n, g * k, m, g, eps
+        )
+        near = _near(mean, rstd.pow(-2), 1)
+        return (y, mean, None, rstd) if near else None
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    if not _near(mean, var, 1):
+        return None
+    y, _, _ = torch.native_batch_norm(
+        x, weight, bias, mean, var, False, 0.0, eps
+    )
+    return y, mean, var, (var + eps).rsqrt_()
+
+
+def _exact_forward(x, view, weight, bias, eps, over_batch):
+    seen = _columns(x, view, over_batch)
+    shape = (len(seen), view.G, view.K, -1)
+    found = _column_moments(seen)
+    mean, var = _merged(*(p.view(shape) for p in found), (2, 3))
+    if not _near(mean, var, FAR):
+        shift = _to_columns(mean.to(x.dtype).unsqueeze(2), seen, view)
+        rest, var = _column_moments(seen - shift)
+        rest, var = _merged(rest.view(shape), var.view(shape), (2, 3))
+        # Of infinite values the mean stays infinite.
+        mean = mean.to(x.dtype) + rest.nan_to_num(0.0)
+    rstd = (var + eps).rsqrt()
+    scale = rstd.unsqueeze(2).expand(-1, -1, view.K)
+    if weight is not None:
+        scale = scale * weight.view(view.G, view.K)
+    scale = scale.to(x.dtype)
+    # From the rounded scale, so that its rounding does not move the mean.
+    shift = -mean.unsqueeze(2) * scale
+    if bias is not None:
+        shift += bias.view(view.G, view.K)
+    scale, shift = (_to_columns(p, seen, view) for p in (scale, shift))
+    y = torch.empty_like(x)
+    torch.addcmul(shift, seen, scale, out=_columns(y, view, over_batch))
+    stats = (mean, var, rstd)
+    shape = (view.G,) if over_batch else (view.N, view.G)
+    mean, var, rstd = (p.to(x.dtype).view(shape) for p in stats)
+    return y, mean, var if over_batch else None, rstd
+
+
+def _columns_backward(dy, x, view, weight, mean, rstd, needs, *, over_batch):
+    fast = _torch_is_fast(x, view, over_batch) and (over_batch or view.K > 2)
+    whole = x.is_contiguous() and view.M % 16 == 0  # vectors of positions
+    if whole or (fast and _near(mean, rstd.pow(-2), 1)):
+        back = _torch_batch_backward if over_batch else _torch_group_backward
+    else:
+        back = partial(_exact_backward, over_batch=over_batch)
+    return back(dy, x, view, weight, mean, rstd, needs)
+
+
+def _torch_batch_backward(dy, x, view, weight, mean, rstd, needs):
+    if weight is None:
+        weight = torch.ones_like(rstd)
+    grads = _batch_norm_backward(
+        dy, x, weight, None, None, mean, rstd, True, 0.0, list(needs)
+    )
+    return _wanted(grads, needs)
+
+
+def _torch_group_backward(dy, x, view, weight, mean, rstd, needs):
+    n, g, k, m = view
+    grads = _group_norm_backward(
+        # Without dx it writes where nothing is (seen in 2.13).
+        *(dy, x, mean, rstd, weight, n, g * k, m, g),
+        [True, *needs[1:]],
+    )
+    return _wanted(grads, needs)
+
+
+def _exact_backward(dy, x, view, weight, mean, rstd, needs, over_batch):
+    dys, xs = (_columns(t, view, over_batch) for t in (dy, x))
+    each = (
+        _to_columns(p.view(-1, view.G, 1), xs, view).squeeze(1)
+        for p in (mean, rstd)
+    )
+    sums = _column_sums(dys, xs, *each)
+    sums = [s.view(len(xs), view.G * view.K, -1).sum(2) for s in sums]
+    dx = None
+    if needs[0]:
+        dx = torch.empty_like(x)
+        count = view.count(over_batch)
+        line = _line(view, weight, mean, rstd, *sums, count)
+        line = (_to_columns(p, xs, view) for p in line)
+        _combine(_columns(dx, view, over_batch), dys, xs, *line)
+    return _wanted((dx, *(s.sum(0) for s in sums)), needs)
+
+
+def _to_columns(p, seen, view):
+    """(N, G, K) or (N, G, 1), repeated and cast for the columns of each."""
+    each = seen.shape[2] // (view.G * view.K)
+    shape = (len(p), view.G, view.K, each)
+    p = p.to(seen.dtype).unsqueeze(3).expand(shape)
+    return p.reshape(len(p), 1, seen.shape[2])
 
 
 def _column_moments(x):
@@ -300,10 +424,10 @@ def _column_moments(x):
     mean, var = _merged(*(p.view(n, parts, columns) for p in found), 1)
     if head == rows:
         return mean, var
-    merged = Moments(head, mean, var).merge(
-        Moments(rows - head, *_stacked(x[:, head:]))
-    )
-    return merged.mean, merged.var
+    rest_mean, rest_var = _stacked(x[:, head:])
+    a, b = head / rows, (rows - head) / rows
+    between = (mean - rest_mean).square_().mul_(a * b)
+    return a * mean + b * rest_mean, a * var + b * rest_var + between
 
 
 def _stacked(x):
@@ -318,71 +442,16 @@ def _column_sums(dy, x, mean, rstd):
     head = rows // parts * parts
     each = [p.repeat(1, parts) for p in (mean, rstd)]
     cut = (t[:, :head].unflatten(1, (-1, parts)).flatten(2) for t in (dy, x))
-    found = [_sums(*p) for p in zip(*cut, *each, strict=True)]
-    sums = [
-        torch.stack(p).view(n, parts, columns).sum(1)
-        for p in zip(*found, strict=True)
-    ]
+    sums = [s.view(n, parts, columns).sum(1) for s in _each_sums(*cut, *each)]
     if head < rows:
-        rest = (dy[:, head:], x[:, head:], mean, rstd)
-        for total, part in zip(
-            sums, zip(*map(_sums, *rest), strict=True), strict=True
-        ):
-            total += torch.stack(part)
+        rest = _each_sums(dy[:, head:], x[:, head:], mean, rstd)
+        sums = [s + r for s, r in zip(sums, rest, strict=True)]
     return sums
 
 
-def _merged(mean, var, axes):
-    """Chan, Golub & LeVeque (1979), for parts of one size."""
-    merged = mean.mean(axes, keepdim=True)
-    var = var.mean(axes) + (mean - merged).square_().mean(axes)
-    return merged.view(var.shape), var
-
-
-def _part(size, limit):
-    """The longest part, halved from a size, that is within a limit."""
-    while size > limit and size % 2 == 0:
-        size //= 2
-    return size
-
-
-def _batch_backward(dy, x, view, weight, mean, rstd, needs):
-    n, c, _, m = view
-    if not _few(view) and (m >= MANY or x.numel() < LARGE):
-        return _torch_batch_backward(dy, x, view, weight, mean, rstd, needs)
-    if _few(view):
-        shape = (1, n, c * m)
-        each = [p.repeat_interleave(m).view(1, -1) for p in (mean, rstd)]
-        sums = _column_sums(dy.view(shape), x.view(shape), *each)
-        sums = [s.view(c, m).sum(1) for s in sums]
-    else:
-        shape = (1, n * c, m)
-        each = [p.repeat(n) for p in (mean, rstd)]
-        sums = _sums(dy.view(shape), x.view(shape), *each)
-        sums = [s.view(n, c).sum(0) for s in sums]
-    if needs[0]:
-        dx = torch.empty_like(x)
-        seen = (n, c * m) if _few(view) else (n, c, m)
-        line = (
-            p.expand(1, c, m).reshape(1, c * m) if _few(view) else p
-            for p in _line(view, weight, mean, rstd, *sums, n * m)
-        )
-        _combine(dx.view(seen), dy.view(seen), x.view(seen), *line)
-    return _wanted((dx if needs[0] else None, *sums), needs)
-
-
-def _torch_batch_forward(x, view, weight, bias, eps):
-    mean, var = _torch_moments(x)
-    return _by_moments(x, view, mean, var, weight, bias, eps)
-
-
-def _torch_batch_backward(dy, x, view, weight, mean, rstd, needs):
-    if weight is None:
-        weight = torch.ones_like(rstd)
-    grads = _batch_norm_backward(
-        dy, x, weight, None, None, mean, rstd, True, 0.0, list(needs)
-    )
-    return _wanted(grads, needs)
+def _each_sums(*parts):
+    found = [_sums(*part) for part in zip(*parts, strict=True)]
+    return [torch.stack(p) for p in zip(*found, strict=True)]
 
 
 # Rows of contiguous values, one weight to a row
@@ -478,19 +547,23 @@ def _groups_backward(dy, x, view, weight, mean, rstd, needs):
     return _wanted((dx, dweight, dbias), needs)
 
 
-# RMS norm
+# RMS norm, in blocks of rows that stay in the cache
 
 
 def _rms_forward(x, view, weight, bias, eps):
     n, _, k, _ = view
     y, rstd = torch.empty_like(x), x.new_empty(n, 1)
-    eps = x.new_full((), eps)
-    step = max(1, BLOCK // k)
+    eps, length = x.new_full((), eps), _part(k, CHAIN // 4)
+    step = _step(rstd, k)
     parts = (t.split(step) for t in (x.view(n, k), y.view(n, k), rstd))
-    for xs, ys, r in zip(*parts, strict=True):
+    for rows, ys, r in zip(*parts, strict=True):
+        xs = rows
+        if length < k:
+            xs = xs.view(-1, k // length, length)
+            xs = torch.linalg.vector_norm(xs, 2, 2)
         torch.linalg.vector_norm(xs, 2, 1, keepdim=True, out=r)
         torch.addcmul(eps, r, r, value=1 / k, out=r).rsqrt_()
-        torch.mul(xs, r, out=ys)
+        torch.mul(rows, r, out=ys)
         if weight is not None:
             ys.mul_(weight)
     return y, None, None, rstd
@@ -498,75 +571,22 @@ def _rms_forward(x, view, weight, bias, eps):
 
 def _rms_backward(dy, x, view, weight, mean, rstd, needs):
     n, _, k, _ = view
-    step = max(1, BLOCK // k)
-    dx = torch.empty_like(x)  # also where it only holds g, a block of it
-    dweight = torch.zeros_like(weight) if needs[1] else None
-    dy2 = dy.view(n, k)
-    zero = torch.zeros_like(rstd)
-    parts = (t.view(n, -1).split(step) for t in (dx, x, rstd, zero))
-    for dys, dxs, xs, r, z in zip(dy2.split(step), *parts, strict=True):
-        if needs[1]:
-            found = _layer_norm_backward(
-                dys, xs, (k,), z, r, weight, None, [False, True, False]
-            )
-            dweight += found[1]
+    dx = torch.empty_like(x)  # where it is not wanted, room for a block
+    dweight = rstd.new_zeros(k) if needs[1] else None
+    parts = (t.view(n, -1).split(_step(rstd, k)) for t in (dy, dx, x, rstd))
+    for dys, dxs, xs, r in zip(*parts, strict=True):
+        product = torch.mul(dys, xs, out=dxs)
         if needs[0]:
-            g = dys if weight is None else torch.mul(dys, weight, out=dxs)
-            rows = (1, *g.shape)
-            gxhat, _ = _sums(
-                g.view(rows), xs.view(rows), z.view(-1), r.view(-1)
+            gx = (
+                product.sum(1) if weight is None else torch.mv(product, weight)
             )
-            share = (gxhat.view(-1, 1) * r).div_(-k)
+        if needs[1]:
+            dweight += product.mul_(r).sum(0)
+        if needs[0]:
+            share = (gx.view(-1, 1) * r).mul_(r).div_(-k)
+            g = dys if weight is None else torch.mul(dys, weight, out=dxs)
             torch.addcmul(g, xs, share, out=dxs).mul_(r)
     return _wanted((dx, dweight, None), needs)
-
-
-# Channels last, the statistics of a sample
-
-
-def _last_forward(x, view, weight, bias, eps):
-    n, g, k, _ = view
-    mean, var = _last_moments(x, view)
-    rstd = (var + eps).rsqrt_()
-    scale = rstd.unsqueeze(2).expand(n, g, k)
-    if weight is not None:
-        scale = scale * weight.view(g, k)
-    scale = scale.to(x.dtype)
-    # From the rounded scale, so that its rounding does not move the mean.
-    shift = -mean.unsqueeze(2) * scale
-    if bias is not None:
-        shift += bias.view(g, k)
-    scale, shift = (p.to(x.dtype).reshape(n, 1, g * k) for p in (scale, shift))
-    y = torch.empty_like(x)
-    torch.addcmul(shift, _last(x, view), scale, out=_last(y, view))
-    return y, mean.to(x.dtype), None, rstd.to(x.dtype)
-
-
-def _last_moments(x, view):
-    n, g, k, m = view
-
-    def merged(found):
-        return _merged(*(p.view(n, g, k) for p in found), 2)
-
-    mean, var = merged(_column_moments(_last(x, view)))
-    if not _near(mean, var, FAR):
-        rows = x.contiguous().view(1, n * g * k, m)
-        mean, var = merged(_torch_moments(rows))
-    return mean, var
-
-
-def _last_backward(dy, x, view, weight, mean, rstd, needs):
-    n, g, k, m = view
-    dys, xs = _last(dy, view), _last(x, view)
-    each = (p.repeat_interleave(k, 1) for p in (mean, rstd))
-    sums = _column_sums(dys, xs, *each)
-    dx = None
-    if needs[0]:
-        dx = torch.empty_like(x)
-        line = _line(view, weight, mean, rstd, *sums, k * m)
-        line = (p.reshape(n, 1, g * k) for p in line)
-        _combine(_last(dx, view), dys, xs, *line)
-    return _wanted((dx, *(s.sum(0) for s in sums)), needs)
 
 
 # What they share
@@ -615,9 +635,29 @@ def _combine(dx, dy, x, scale, slope, offset):
         torch.addcmul(c, xs, b, out=out).addcmul_(dys, a)
 
 
-def _step(x):
-    """How many of the first axis make a block."""
-    return max(1, BLOCK * len(x) // x.numel())
+def _step(x, size=None):
+    """How many of the first axis, each of a size, make a block."""
+    size = x[0].numel() if size is None else size
+    return max(1, BLOCK * torch.get_num_threads() // size)
+
+
+def _near(mean, var, limit):
+    """Whether no mean is that many standard deviations from 0; NaN is not."""
+    return bool((mean.square() <= limit**2 * var).all())
+
+
+def _merged(mean, var, axes):
+    """Chan, Golub & LeVeque (1979), for parts of one size."""
+    merged = mean.mean(axes, keepdim=True)
+    var = var.mean(axes) + (mean - merged).square_().mean(axes)
+    return merged.view(var.shape), var
+
+
+def _part(size, limit):
+    """The longest part, halved from a size, that is within a limit."""
+    while size > limit and size % 2 == 0:
+        size //= 2
+    return size
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -627,11 +667,6 @@ def _channels_last(x: Tensor) -> bool:
 def _format(x: Tensor) -> torch.memory_format:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}
     return last[x.dim()]
-
-
-def _last(x: Tensor, view: View) -> Tensor:
-    """See x, its channels last, as (N, M, C)."""
-    return x.movedim(1, -1).view(view.N, view.M, view.G * view.K)
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
@@ -644,30 +679,42 @@ def _wanted(grads, needs):
     return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-_BATCH = _Path(
-    _batch_forward,
-    _batch_backward,
+_PLANES = _Path(_planes_forward, _planes_backward, 2**17)
+_BATCH_COLUMNS = _Path(
+    partial(_columns_forward, over_batch=True),
+    partial(_columns_backward, over_batch=True),
     2**17,
-    lambda view: view.N >= 8 or not _few(view),
+    lambda x, view: (
+        x.numel() >= 2 * LARGE
+        if _torch_is_fast(x, view, True)
+        else view.N * view.M >= 32
+    ),
 )
-_TORCH_BATCH = _Path(_torch_batch_forward, _torch_batch_backward, math.inf)
+_COLUMNS = _Path(
+    partial(_columns_forward, over_batch=False),
+    partial(_columns_backward, over_batch=False),
+    2**17,
+)
 _ROWS = _Path(
     _rows_forward,
     _rows_backward,
     2**15,
-    lambda view: view.K * view.M >= 32 and 1 in (view.K, view.M),
+    lambda x, view: view.K * view.M >= 32 and 1 in (view.K, view.M),
 )
 _LAYER = _Path(_layer_forward, _layer_backward, math.inf)
 _GROUPS = _Path(_groups_forward, _groups_backward, math.inf)
 _RMS = _Path(_rms_forward, _rms_backward, 2**15)
-_LAST = _Path(_last_forward, _last_backward, 2**17)
-_BY_SAMPLE = ("instance_norm", "group_norm")
 _CONTIGUOUS = {
-    "batch_norm": _BATCH,
+    "batch_norm": _PLANES,
     "instance_norm": _ROWS,
     "group_norm": _ROWS,
     "layer_norm": _ROWS,
     "rms_norm": _RMS,
+}
+_CHANNELS_LAST = {
+    "batch_norm": _BATCH_COLUMNS,
+    "instance_norm": _COLUMNS,
+    "group_norm": _COLUMNS,
 }
 
 normalize = partial(fused.normalize, sys.modules[__name__])
