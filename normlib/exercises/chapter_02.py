@@ -6,6 +6,7 @@ import torch
 import normlib
 from normlib import reference
 from normlib.exercises import exercise
+from normlib.exercises.compare import array, says
 from normlib.functional import batch_normalization, moments
 
 _EPS = (1e-5, 1e-2, 0.5)
@@ -26,11 +27,11 @@ def repair(answer) -> None:
         weight, bias = rng.uniform(0.5, 2, 3), rng.normal(size=3)
         wanted, _ = reference.batch_norm(x, weight, bias, eps)
         given = x.copy()
-        got = _array(answer(given, weight, bias, eps), x.shape)
+        got = array(answer(given, weight, bias, eps), x.shape)
         assert (given == x).all(), "it changed its input"
-        _says("mean of the output", got.mean(0), wanted.mean(0), "the bias")
-        _says("standard deviation", got.std(0), wanted.std(0), f"eps={eps}")
-        _says("output", got, wanted, f"eps={eps}")
+        says("mean of the output", got.mean(0), wanted.mean(0), "the bias")
+        says("standard deviation", got.std(0), wanted.std(0), f"eps={eps}")
+        says("output", got, wanted, f"eps={eps}")
 
 
 @exercise(
@@ -49,8 +50,8 @@ def channels_last(answer) -> None:
         first = numpy.moveaxis(x, -1, 1)
         wanted, _ = reference.batch_norm(first, weight, bias, 1e-3)
         wanted = numpy.moveaxis(wanted, 1, -1)
-        got = _array(answer(x, weight, bias, 1e-3), shape)
-        _says("output", got, wanted, f"shape {shape}")
+        got = array(answer(x, weight, bias, 1e-3), shape)
+        says("output", got, wanted, f"shape {shape}")
 
 
 def _suspect(keeps_mean: bool, keeps_slope: bool):
@@ -128,7 +129,7 @@ def mean_only(answer) -> None:
         for name, mine, right in zip(
             ("dx", "dweight", "dbias"), got, wanted, strict=True
         ):
-            _says(name, _array(mine, right.shape), right, f"m={m}")
+            says(name, array(mine, right.shape), right, f"m={m}")
 
 
 @exercise(
@@ -149,25 +150,23 @@ def running(answer) -> None:
         out = layer(s1, training=True)
         batch = moments(s1, [0])
         wanted = batch_normalization(s1, *batch, offset, scale, 1e-3)
-        _says(
-            "output in training", _array(out, (5, 3)), wanted, f"call {step}"
-        )
+        says("output in training", array(out, (5, 3)), wanted, f"call {step}")
         mean = 0.8 * mean + 0.2 * batch[0]
         variance = 0.8 * variance + 0.2 * batch[1]
         for name, right in (
             ("moving_mean", mean),
             ("moving_variance", variance),
         ):
-            got = _array(getattr(layer, name), (3,))
-            _says(name, got, right, f"after {step + 1} training calls")
+            got = array(getattr(layer, name), (3,))
+            says(name, got, right, f"after {step + 1} training calls")
     assert layer.scale is scale, "scale was made anew by a call"
     assert layer.offset is offset, "offset was made anew by a call"
     one = torch.tensor([[1.0, -2.0, 30.0]])
     wanted = batch_normalization(one, mean, variance, offset, scale, 1e-3)
     out = layer(one, training=False)
-    _says("output for one example", _array(out, (1, 3)), wanted, "evaluation")
-    got = _array(layer.moving_mean, (3,))
-    _says("moving_mean", got, mean, "after a call with training=False")
+    says("output for one example", array(out, (1, 3)), wanted, "evaluation")
+    got = array(layer.moving_mean, (3,))
+    says("moving_mean", got, mean, "after a call with training=False")
 
 
 @exercise(
@@ -199,31 +198,9 @@ def keras(answer) -> None:
         gamma, beta = (config[k].reshape(4, 1, 1) for k in ("gamma", "beta"))
         wanted = (x - mean) / numpy.sqrt(var + eps) * gamma + beta
         out = layer.eval()(torch.tensor(x))
-        _says("output in evaluation", _array(out, x.shape), wanted, f"{eps=}")
+        says("output in evaluation", array(out, x.shape), wanted, f"{eps=}")
         layer.train()(torch.tensor(x))
         batch = x.mean((0, 2, 3))
         wanted = momentum * config["moving_mean"] + (1 - momentum) * batch
-        got = _array(layer.running_mean, (4,))
-        _says("running mean after a batch", got, wanted, f"{momentum=}")
-
-
-def _array(value, shape) -> numpy.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-    array = numpy.asarray(value, dtype=numpy.float64)
-    fits = shape is None or array.shape == shape
-    assert fits, f"expected the shape {shape}, got {array.shape}"
-    return array
-
-
-def _says(what: str, got, wanted, where: str) -> None:
-    got, wanted = (_array(value, None) for value in (got, wanted))
-    assert numpy.isfinite(got).all(), f"{what}: NaN or infinity ({where})"
-    gap = numpy.abs(got - wanted)
-    tolerance = 1e-5 * max(1.0, numpy.abs(wanted).max())
-    if not (gap <= tolerance).all():
-        worst = numpy.unravel_index(numpy.argmax(gap), gap.shape)
-        raise AssertionError(
-            f"{what}: expected {wanted[worst]:.4g}, "
-            f"got {got[worst]:.4g} ({where})"
-        )
+        got = array(layer.running_mean, (4,))
+        says("running mean after a batch", got, wanted, f"{momentum=}")

@@ -4,7 +4,7 @@ import numpy
 
 from normlib import reference
 from normlib.exercises import exercise
-from normlib.exercises.chapter_02 import _array, _says
+from normlib.exercises.compare import array, says
 
 _KINDS = ("batch", "layer", "instance", "group", "rms")
 
@@ -24,10 +24,10 @@ def axes(answer) -> None:
         x = rng.normal(2 * scale, scale, size=shape)
         for kind in _KINDS:
             given = x.copy()
-            got = _array(answer(given, kind, groups), shape)
+            got = array(answer(given, kind, groups), shape)
             assert (given == x).all(), f"it changed its input ({kind})"
             wanted = _norm(x, kind, groups)
-            _says("output", got, wanted, f"{kind}, shape {shape}")
+            says("output", got, wanted, f"{kind}, shape {shape}")
 
 
 def _norm(x, kind: str, groups: int):
@@ -59,16 +59,16 @@ def masked(answer) -> None:
         x[mask] = tokens
         where = f"padded to {length} with {filler:g}"
         given = x.copy()
-        got = _array(answer(given, mask), x.shape)
+        got = array(answer(given, mask), x.shape)
         assert (given == x).all(), f"it changed its input ({where})"
         wanted, _ = reference.batch_norm(tokens)
-        _says("real tokens", got[mask], wanted, where)
-        _says("filler", got[~mask], numpy.zeros_like(got[~mask]), where)
+        says("real tokens", got[mask], wanted, where)
+        says("filler", got[~mask], numpy.zeros_like(got[~mask]), where)
     x = rng.normal(size=(2, 3, 4))
     every = numpy.ones((2, 3), dtype=bool)
     wanted, _ = reference.batch_norm(x.reshape(6, 4))
-    got = _array(answer(x, every), x.shape).reshape(6, 4)
-    _says("output", got, wanted, "all tokens are real")
+    got = array(answer(x, every), x.shape).reshape(6, 4)
+    says("output", got, wanted, "all tokens are real")
 
 
 @exercise(
@@ -86,8 +86,8 @@ def channels_last(answer) -> None:
         first = numpy.moveaxis(x, -1, 1)
         wanted, _ = reference.group_norm(first, groups, eps=1e-3)
         wanted = numpy.moveaxis(wanted, 1, -1)
-        got = _array(answer(x.copy(), groups, 1e-3), shape)
-        _says("output", got, wanted, f"shape {shape}, {groups} groups")
+        got = array(answer(x.copy(), groups, 1e-3), shape)
+        says("output", got, wanted, f"shape {shape}, {groups} groups")
 
 
 @exercise(
@@ -110,7 +110,7 @@ def rms_backward(answer) -> None:
         dx, dweight, _ = reference.normalize_backward(dy, cache)
         pairs = (("dx", dx), ("dweight", dweight.ravel()))
         for mine, (name, right) in zip(got, pairs, strict=True):
-            _says(name, _array(mine, right.shape), right, f"{eps=}")
+            says(name, array(mine, right.shape), right, f"{eps=}")
 
 
 _BLIND = ((1,), (0, 1), (3,))

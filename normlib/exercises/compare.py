@@ -1,0 +1,28 @@
+"""Comparisons whose messages show the values, for the checks."""
+
+import numpy
+import torch
+
+
+def array(value, shape: tuple[int, ...] | None) -> numpy.ndarray:
+    """Make an answer a float64 array; assert its shape where one is given."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+    found = numpy.asarray(value, dtype=numpy.float64)
+    fits = shape is None or found.shape == shape
+    assert fits, f"expected the shape {shape}, got {found.shape}"
+    return found
+
+
+def says(what: str, got, wanted, where: str) -> None:
+    """Assert that two arrays agree, or name the entry that is most wrong."""
+    got, wanted = (array(value, None) for value in (got, wanted))
+    assert numpy.isfinite(got).all(), f"{what}: NaN or infinity ({where})"
+    gap = numpy.abs(got - wanted)
+    tolerance = 1e-5 * max(1.0, numpy.abs(wanted).max())
+    if not (gap <= tolerance).all():
+        worst = numpy.unravel_index(numpy.argmax(gap), gap.shape)
+        raise AssertionError(
+            f"{what}: expected {wanted[worst]:.4g}, "
+            f"got {got[worst]:.4g} ({where})"
+        )
