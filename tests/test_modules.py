@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from twins import (
     DTYPES,
     EVERYWHERE,
+    FULL,
     LAYERS,
     NAMES,
     REFUSAL,
     TWINS,
+    Twin,
     assert_same,
     chosen,
     outcome,
@@ -279,14 +281,11 @@ def test_sixteen_bit_input_with_float32_parameters(twin, dtype):
         assert_same(a, b, 1e-2)
 
 
-CPU_SERVES = where(lambda twin: not twin.single)
-"""What backend "cpu" must not refuse: forward and backward in training."""
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("choice", [EVERYWHERE, "cpu"])
 @over(TWINS)
 def test_the_fast_path_is_taken_once_each_way(twin, choice, dtype):
+    """Which says that backend "cpu", forced, refuses none of these."""
     ours, _ = twin.pair(dtype=dtype)
     with chosen(choice) as taken:
         outcome(ours, twin.draw(0, dtype), twin.draw(1, dtype))
@@ -304,6 +303,30 @@ def test_a_small_call_is_torchs_own(twin):
     with chosen("default") as taken:
         assert torch.equal(ours(x), theirs(x))
     assert not taken
+
+
+NO_AFFINE = {"elementwise_affine": False}
+LARGE = {
+    "BatchNorm2d": Twin("BatchNorm2d", (32,), (8, 32, 64, 64)),
+    "InstanceNorm2d": Twin("InstanceNorm2d", (32,), (8, 32, 64, 64), FULL),
+    "LayerNorm": Twin("LayerNorm", (512,), (4, 512, 512), NO_AFFINE),
+    "RMSNorm": Twin("RMSNorm", (512,), (4, 512, 512)),
+}
+"""A million values, where the fast paths pay by a wide margin."""
+
+
+@over(LARGE)
+def test_a_large_call_takes_the_fast_path_by_itself(twin):
+    ours, theirs = twin.pair()
+    x, dy = twin.draw(), twin.draw(1)
+    with chosen("default") as taken:
+        a = outcome(ours, x, dy)
+        assert taken == ["forward", "backward"]
+        taken.clear()
+        if twin.tracks:  # evaluation is torch's own
+            ours.eval()(x)
+            assert not taken
+    assert_same(a, outcome(theirs, x, dy), 1e-4)
 
 
 @over(RUNNING)

@@ -181,7 +181,7 @@ def chosen(choice):
                 patch.setattr(module, "least", lambda *args: 0)
                 patch.setattr(module, "pays", module.supports)
         for name, module in fast.items():
-            if choice in (EVERYWHERE, name):
+            if choice in ("default", EVERYWHERE, name):
                 for step in ("forward", "backward"):
                     if hasattr(module, step):
                         counted = _counted(getattr(module, step), step, taken)
