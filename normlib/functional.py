@@ -512,8 +512,8 @@ def _misread(x: Tensor) -> bool:
     """Whether torch's own instance norm has a wrong backward.
 
     On the CPU, for a single image or channel, it takes a gradient with the
-    channels last (as a convolution may send it) for one with the channels
-    first. With the positions flattened it does not.
+    channels last (which a layer over the image's tokens sends) for one with
+    the channels first. With the positions flattened it does not.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

@@ -75,6 +75,20 @@ def test_second_derivatives(twin):
         assert_same(*results, laid_out=0)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@with_backends()
+def test_an_image_normalized_and_read_as_tokens(n):
+    """Its gradient comes with the channels last, as torch's own misreads."""
+    norm = normlib.InstanceNorm2d(4, dtype=torch.float64)
+    tokens = torch.nn.LayerNorm(4, dtype=torch.float64)
+    x = LAYERS["InstanceNorm2d"].draw(0, torch.float64, shape=(n, 4, 3, 2))
+
+    def f(x):
+        return tokens(norm(x).flatten(2).transpose(1, 2)).pow(3)
+
+    assert torch.autograd.gradcheck(f, x.requires_grad_())
+
+
 @over(LAYERS)
 @with_backends()
 def test_a_graph_is_gone_after_its_backward_and_may_be_kept(twin):

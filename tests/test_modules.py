@@ -189,6 +189,17 @@ def test_a_checkpoint_of_version_one_has_no_counter(twin, version):
     assert ours[0].num_batches_tracked.dtype == torch.long
 
 
+@over(TWINS)
+def test_a_checkpoint_without_a_version_is_read(twin):
+    ours, theirs = twin.pair()
+    state = theirs.state_dict()
+    del state._metadata
+    fresh = twin.make(normlib)
+    fresh.load_state_dict(state, strict=True)
+    for key, value in fresh.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key])
+
+
 @pytest.mark.parametrize("name", ["InstanceNorm1d", "InstanceNorm3d"])
 @pytest.mark.parametrize("versioned", [True, False])
 @pytest.mark.parametrize("stale", ["running_mean", "running_var", None])
@@ -357,6 +368,17 @@ def test_statistics_taken_away_after_construction(twin, momentum):
         refusals(pair, lambda module: module(x))
     else:
         assert_same(*(outcome(module, x, dy) for module in pair))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over(LAYERS)
+@with_backends()
+def test_eps_shows_where_the_input_is_small(twin, dtype):
+    """RMS norm's depends on the dtype of the arithmetic, and is small."""
+    scale = 1e-3 if "RMS" in twin.name else 1e-2
+    x = twin.draw(0, dtype) * scale
+    ours, theirs = twin.pair(dtype=dtype)
+    assert_same([ours(x)], [theirs(x)])
 
 
 @pytest.mark.parametrize("momentum", [1.0, None])
