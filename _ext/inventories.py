@@ -20,7 +20,8 @@ def entries(lines):
     for line in lines:
         if line.strip() and not line.startswith("#"):
             name, role, page = line.split()
-            yield f"{name} py:{role} 1 {page} -\n"
+            # Sphinx itself would replace it at the end of the page only.
+            yield f"{name} py:{role} 1 {page.replace('$', name)} -\n"
 
 
 def write(listed, folder):

@@ -383,3 +383,8 @@ def test_every_link_of_a_page_leads_somewhere(pages, name):
         if not alive:
             dead.append(link)
     assert dead == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_link_holds_a_placeholder(pages, name):
+    assert [link for link in pages[name].links if "$" in link] == []
