@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from twins import (
     DTYPES,
@@ -520,14 +521,12 @@ class Named(torch.Tensor):
 @over(LAYERS)
 @with_backends("default", EVERYWHERE)
 def test_a_subclass_meets_torchs_own_function(twin):
-    name = {"B": "batch_norm", "I": "instance_norm", "G": "group_norm"}
-    name |= {"L": "layer_norm", "R": "rms_norm"}
     x = twin.draw()
     ours, theirs = twin.pair()
     Named.met.clear()
     y = ours(x.as_subclass(Named))
     assert isinstance(y, Named)
-    assert Named.met.count(name[twin.name[0]]) == 1
+    assert Named.met.count(twin.function) == 1
     assert_close(y.as_subclass(torch.Tensor), theirs(x))
 
 
@@ -560,6 +559,24 @@ def test_a_mode_sees_the_call(twin):
             results.append(module(twin.draw()))
         assert seen
     assert_close(*results)
+
+
+@over(KINDS)
+@with_backends("default", EVERYWHERE)
+def test_a_dispatch_mode_sees_torchs_own_operations(twin):
+    """One that counts operations finds as many as in torch's layer."""
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[-1].append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    for module in twin.pair():
+        seen.append([])
+        with Noting():
+            module(twin.draw()).sum().backward()
+    assert sorted(seen[0]) == sorted(seen[1])
 
 
 @over(LAYERS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from twins import CHOICES, DTYPES, EVERYWHERE, REFUSAL, chosen
 
@@ -279,6 +279,49 @@ def test_what_comes_out_has_moments_zero_and_almost_one(case, choice):
         assert_close(y.mean(axes), torch.zeros_like(y.mean(axes)))
     size = x4.square().mean(axes)
     assert_close(y.square().mean(axes), size / (size + 1e-3))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    case=cases(),
+    used=st.sets(st.sampled_from(["y", "mean", "var"]), min_size=1),
+)
+@example(Case("batch_norm", (4, 3, 5)), {"y", "mean"})
+@example(Case("batch_norm", (4, 3, 5)), {"y", "var"})
+def test_whichever_results_are_used_the_gradient_is_the_formulas(case, used):
+    results = []
+    for choice in (EVERYWHERE, "eager"):
+        x = values(case.shape, 0).requires_grad_()
+        with chosen(choice):
+            found = functional.normalize(x, case.view, eps=0.1, **case.kind)
+            loss = 0 * x.sum()
+            for name, t in zip(("y", "mean", "var"), found, strict=True):
+                if name in used:
+                    loss = loss + (t * values(t.shape, 3)).sum()
+            results.append(torch.autograd.grad(loss, x))
+    assert_close(*results)
+
+
+@settings(deadline=None, max_examples=50)
+@given(case=cases())
+def test_the_gradients_of_the_moments_are_those_of_the_definitions(case):
+    axes = stat_axes(case.kind["over_batch"])
+    count = case.view.count(case.kind["over_batch"])
+    x = values(case.shape, 0).requires_grad_()
+    x4 = x.detach().reshape(case.view)
+    centered = case.kind["centered"]
+    _, _, var = functional.normalize(x, case.view, **case.kind)
+    shape = x4.sum(axes, keepdim=True).shape
+    dvar = values(shape, 3)
+    (dx,) = torch.autograd.grad(var, x, dvar.reshape(var.shape))
+    middle = x4.mean(axes, keepdim=True) if centered else 0
+    expected = 2 / count * dvar * (x4 - middle)
+    assert_close(dx, expected.reshape(x.shape))
+    if centered:
+        _, mean, _ = functional.normalize(x, case.view, **case.kind)
+        (dx,) = torch.autograd.grad(mean, x, dvar.reshape(mean.shape))
+        expected = (dvar / count).expand(case.view)
+        assert_close(dx, expected.reshape(x.shape))
 
 
 @pytest.mark.parametrize("norm", NORMS)

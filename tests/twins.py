@@ -6,6 +6,7 @@ over some of these rows, and says of each that ours and torch's are the same.
 
 import functools
 import inspect
+import re
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -57,6 +58,11 @@ class Twin(NamedTuple):
         """Whether there are running statistics."""
         default = self.name.startswith("BatchNorm")
         return self.config.get("track_running_stats", default)
+
+    @property
+    def function(self):
+        """The name in torch.nn.functional."""
+        return re.sub("Norm.*", "_norm", self.name).lower()
 
     @property
     def single(self):
