@@ -152,7 +152,8 @@ def small(monkeypatch):
     so that small inputs take every branch of large ones."""
     monkeypatch.setattr(cpu, "BLOCK", 50)
     monkeypatch.setattr(cpu, "LARGE", 0)
-    monkeypatch.setattr(cpu, "CHAIN_OF_COLUMNS", 3)
+    monkeypatch.setattr(cpu, "CHAIN_OF_COLUMNS", 4)
+    monkeypatch.setattr(cpu, "CHAIN", 64)
 
 
 @pytest.mark.usefixtures("small")
@@ -278,6 +279,19 @@ def test_a_gradient_in_another_layout_is_read_right(case, last):
     want = run(case, x, weight, bias, dy)[4:]
     for a, b in zip(flat(got), flat(want), strict=True):
         assert_close(a, b)
+
+
+@every_kernel
+def test_parameters_with_gaps_are_read_right(case, last):
+    x, weight, bias, dy = draw(case, last)
+
+    def thin(p):
+        return None if p is None else torch.stack([p, p + 1], -1)[..., 0]
+
+    got = run(case, x, thin(weight), thin(bias), dy)
+    want = run(case, x, weight, bias, dy)
+    for a, b in zip(got, want, strict=True):
+        assert a is None or torch.equal(a, b)
 
 
 @every_kernel

@@ -395,7 +395,9 @@ def _exact_backward(dy, x, view, weight, mean, rstd, needs, over_batch):
         _to_columns(p.view(-1, view.G, 1), xs, view).squeeze(1)
         for p in (mean, rstd)
     )
-    sums = _column_sums(dys, xs, *each)
+    # Images of few positions come in batches that are no longer.
+    chain = CHAIN_OF_COLUMNS // (4 if x.is_contiguous() else 1)
+    sums = _column_sums(dys, xs, *each, chain)
     sums = [s.view(len(xs), view.G * view.K, -1).sum(2) for s in sums]
     dx = None
     if needs[0]:
@@ -404,15 +406,15 @@ def _exact_backward(dy, x, view, weight, mean, rstd, needs, over_batch):
         line = _line(view, weight, mean, rstd, *sums, count)
         line = (_to_columns(p, xs, view) for p in line)
         _combine(_columns(dx, view, over_batch), dys, xs, *line)
-    return _wanted((dx, *(s.sum(0) for s in sums)), needs)
+    return _wanted((dx, *(s.sum(0).to(x.dtype) for s in sums)), needs)
 
 
 def _to_columns(p, seen, view):
     """(N, G, K) or (N, G, 1), repeated and cast for the columns of each."""
     each = seen.shape[2] // (view.G * view.K)
     shape = (len(p), view.G, view.K, each)
-    p = p.to(seen.dtype).unsqueeze(3).expand(shape)
-    return p.reshape(len(p), 1, seen.shape[2])
+    p = p.to(seen.dtype).unsqueeze(3).expand(shape).contiguous()
+    return p.view(len(p), 1, seen.shape[2])
 
 
 def _column_moments(x):
@@ -435,10 +437,10 @@ def _stacked(x):
     return [torch.stack(p).double() for p in zip(*found, strict=True)]
 
 
-def _column_sums(dy, x, mean, rstd):
+def _column_sums(dy, x, mean, rstd, chain):
     """The sums of dy * xhat and of dy over the second axis, (N, columns)."""
     n, rows, columns = x.shape
-    parts = max(1, rows // CHAIN_OF_COLUMNS)
+    parts = max(1, rows // chain)
     head = rows // parts * parts
     each = [p.repeat(1, parts) for p in (mean, rstd)]
     cut = (t[:, :head].unflatten(1, (-1, parts)).flatten(2) for t in (dy, x))
@@ -475,6 +477,8 @@ def _rows_forward(x, view, weight, bias, eps):
 
 def _rows_backward(dy, x, view, weight, mean, rstd, needs):
     n, g, k, m = view
+    if m == 1:  # layer norm, whose own kernel needs less memory
+        return _layer_backward(dy, x, view, None, mean, rstd, needs)
     rows = (1, n * g, k * m)
     each = rstd.new_ones(n * g) if weight is None else weight.repeat(n)
     dx, dweight, dbias = _batch_norm_backward(
@@ -508,13 +512,13 @@ def _layer_forward(x, view, weight, bias, eps):
 
 
 def _layer_backward(dy, x, view, weight, mean, rstd, needs):
-    n, _, k, _ = view
+    rows, length = view.N * view.G, view.K * view.M
     dx, dweight, dbias = _layer_norm_backward(
-        dy.view(n, k),
-        x.view(n, k),
-        (k,),
-        mean,
-        rstd,
+        dy.view(rows, length),
+        x.view(rows, length),
+        (length,),
+        mean.view(-1, 1),
+        rstd.view(-1, 1),
         weight,
         weight,  # in place of the bias, of which it reads no value
         list(needs),
@@ -593,7 +597,7 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
 
 
 def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1)
+    return None if p is None else p.reshape(-1).contiguous()
 
 
 def _sums(dy, x, mean, rstd):
@@ -685,7 +689,7 @@ _BATCH_COLUMNS = _Path(
     partial(_columns_backward, over_batch=True),
     2**17,
     lambda x, view: (
-        x.numel() >= 2 * LARGE
+        x.numel() >= LARGE
         if _torch_is_fast(x, view, True)
         else view.N * view.M >= 32
     ),
