@@ -84,6 +84,16 @@ def step(library, case, x, weight, bias, dy, eps):
     mean=st.sampled_from([0.0, 1.0, -30.0]),
     eps=st.sampled_from([1e-3, 0.1, 10.0]),
 )
+@example(
+    Case("layer_norm", (3, 4, 2, 2), None, (2, 2)),
+    EVERYWHERE,
+    torch.float64,
+    False,
+    "channels last",
+    "contiguous",
+    0.0,
+    0.1,
+)
 def test_it_is_torchs(
     case, choice, dtype, affine, layout, dy_layout, mean, eps
 ):
