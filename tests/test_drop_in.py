@@ -30,6 +30,7 @@ from twins import (
 )
 
 import normlib
+from normlib import backends
 from normlib.testing import assert_close
 
 RUNNING = where(lambda twin: twin.tracks)
@@ -267,6 +268,26 @@ def test_compiled_for_batches_of_any_size(name):
         )
         results = [outcome(module, x, dy) for module in (compiled, theirs)]
         assert_same(*results, laid_out=0)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "InstanceNorm1d"])
+def test_one_graph_serves_small_and_large_calls(name, monkeypatch):
+    """The size that a fast path asks for leaves no guard behind."""
+    twin = LAYERS[name]
+    monkeypatch.setattr(backends, "LEAST", 8 * len(twin.draw().flatten()))
+    graphs = []
+
+    def noting(graph, inputs):
+        graphs[-1] += 1
+        return graph
+
+    for module in twin.pair():
+        torch._dynamo.reset()
+        graphs.append(0)
+        compiled = torch.compile(module, backend=noting, dynamic=True)
+        for n in (7, 100):  # no other axis has as many
+            compiled(twin.draw(shape=(n, *twin.shape[1:])))
+    assert graphs[0] == graphs[1]
 
 
 @over(KINDS)
