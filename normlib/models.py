@@ -39,7 +39,10 @@ def mlp(
 
     Returns:
         The network; its biases start at zero. A linear layer directly
-        followed by a norm has no bias: the norm's own takes its place.
+        followed by a norm has no bias. Behind batch norm it would do nothing,
+        and the norm's own takes its place. Behind a norm over the features
+        it would be a parameter in its own right, and behind RMS norm, which
+        has no bias either, a hidden unit is left without one.
 
     Raises:
         ValueError: where ``place`` is neither.
