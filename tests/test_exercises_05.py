@@ -1,12 +1,14 @@
 """Each check of chapter 5 passes what is right and names what is wrong."""
 
+import re
+
 import numpy as np
 import pytest
 
 from normlib.exercises import check, passes
 
 
-def norm(unbatched="", uncentered=("rms",), swapped=False):
+def norm(unbatched="", uncentered=("rms",), swapped=False, eps=1e-5):
     """The five norms by their axes, with room for slips."""
 
     def answer(x, kind, groups=1):
@@ -19,7 +21,7 @@ def norm(unbatched="", uncentered=("rms",), swapped=False):
         if kind not in uncentered:
             y = y - y.mean(axes, keepdims=True)
         square = (y**2).mean(axes, keepdims=True)
-        return (y / np.sqrt(square + 1e-5)).reshape(x.shape)
+        return (y / np.sqrt(square + eps)).reshape(x.shape)
 
     return answer
 
@@ -99,6 +101,7 @@ WRONG = {
         "one letter missing": BLIND | {(1,): set("ABE")},
         "a norm missing": {(1,): set("ABEF")},
         "a list": [set("ABEF"), set("EF"), set("ABCDF")],
+        "one left open": BLIND | {(1,): None},
     },
 }
 
@@ -135,3 +138,16 @@ def test_a_message_says_which_norms_are_not_yet_right(capsys):
     message = capsys.readouterr().out
     assert "over (1,), 1 of the letters" in message
     assert "(3,)" not in message
+
+
+def test_two_gradients_may_come_in_a_list():
+    def answer(*args):
+        return list(rms_backward()(*args))
+
+    assert passes("ch5-rms-backward", answer)
+
+
+def test_a_message_shows_digits_that_differ(capsys):
+    check("ch5-axes", norm(eps=0.0))
+    numbers = re.search(r"expected (\S+), got (\S+)", capsys.readouterr().out)
+    assert numbers[1] != numbers[2]

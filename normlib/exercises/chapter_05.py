@@ -45,8 +45,8 @@ def _norm(x, kind: str, groups: int):
     "ch5-masked",
     "x[mask] has the shape (tokens, D): only the real tokens, one below the "
     "other.",
-    "Take mean and variance of that table, and put the normalized tokens "
-    "back by y[mask] = ..., where y starts as zeros.",
+    "Take mean and variance of each column of that table, and normalize the "
+    "table. Then the rows must go back to where the mask is true.",
 )
 def masked(answer) -> None:
     """Batch norm of (N, T, D) over the tokens whose mask is true."""
@@ -104,8 +104,8 @@ def rms_backward(answer) -> None:
         x, dy = rng.normal(1.0, 2.0, size=(2, 6, 5))
         weight = rng.uniform(0.5, 2, 5)
         got = answer(dy, x, weight, eps)
-        two = isinstance(got, tuple) and len(got) == 2
-        assert two, "expected the tuple (dx, dweight)"
+        two = isinstance(got, tuple | list) and len(got) == 2
+        assert two, "expected two arrays, (dx, dweight)"
         _, cache = reference.rms_norm(x, (5,), weight, eps)
         dx, dweight, _ = reference.normalize_backward(dy, cache)
         pairs = (("dx", dx), ("dweight", dweight.ravel()))
@@ -129,6 +129,10 @@ def blind(answer) -> None:
     assert set(answer) == set(_BLIND), (
         f"expected the keys {_BLIND}, got {tuple(answer)}"
     )
+    for norm in _BLIND:
+        letters = set | frozenset | list | tuple | str
+        iterable = isinstance(answer[norm], letters)
+        assert iterable, f"over {norm}: expected a set, got {answer[norm]!r}"
     right = {norm: _unnoticed(norm) for norm in _BLIND}
     wrong = [norm for norm in _BLIND if set(answer[norm]) != right[norm]]
     missed = "; ".join(

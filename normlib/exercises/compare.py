@@ -22,7 +22,9 @@ def says(what: str, got, wanted, where: str) -> None:
     tolerance = 1e-5 * max(1.0, numpy.abs(wanted).max())
     if not (gap <= tolerance).all():
         worst = numpy.unravel_index(numpy.argmax(gap), gap.shape)
+        near = gap.max() < 1e-2 * max(1.0, numpy.abs(wanted).max())
+        digits = 7 if near else 4
         raise AssertionError(
-            f"{what}: expected {wanted[worst]:.4g}, "
-            f"got {got[worst]:.4g} ({where})"
+            f"{what}: expected {wanted[worst]:.{digits}g}, "
+            f"got {got[worst]:.{digits}g} ({where})"
         )
