@@ -315,7 +315,8 @@ _CUBE_NORMS = {
 class NormCube:
     """A batch cut into its values: point at one, see which share its mean.
 
-    Three samples of six channels and 2 by 2 positions stand side by side.
+    Three samples of six channels and 2 by 2 positions stand side by side,
+    the positions one above the other.
     Buttons choose the norm, and for group norm the number of groups. The
     cells that are averaged together with the chosen one light up; beside
     them stand how many they are, the shapes of statistics and parameters,
@@ -494,7 +495,7 @@ def _facts(norm: str, groups: int, labels: numpy.ndarray) -> list:
     count = int((labels == labels[0, 0, 0]).sum())
     batch = norm == "batch"
     return [
-        ("Share statistics", f"{count} of {_CELLS} values: {among}"),
+        ("Averaged together", f"{count} of {_CELLS} values: {among}"),
         ("Mean and variance", shape),
         ("Weight and bias", parameters),
         (
