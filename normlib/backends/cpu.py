@@ -683,11 +683,11 @@ def _wanted(grads, needs):
     return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-_PLANES = _Path(_planes_forward, _planes_backward, 2**17)
+_PLANES = _Path(_planes_forward, _planes_backward, 2**19)
 _BATCH_COLUMNS = _Path(
     partial(_columns_forward, over_batch=True),
     partial(_columns_backward, over_batch=True),
-    2**17,
+    2**19,
     lambda x, view: (
         x.numel() >= LARGE
         if _torch_is_fast(x, view, True)
@@ -697,17 +697,22 @@ _BATCH_COLUMNS = _Path(
 _COLUMNS = _Path(
     partial(_columns_forward, over_batch=False),
     partial(_columns_backward, over_batch=False),
-    2**17,
+    2**19,
+    lambda x, view: view.K == 1 or x.numel() >= 2**20,
 )
 _ROWS = _Path(
     _rows_forward,
     _rows_backward,
-    2**15,
-    lambda x, view: view.K * view.M >= 32 and 1 in (view.K, view.M),
+    2**18,
+    lambda x, view: (
+        view.K * view.M >= 32
+        and 1 in (view.K, view.M)
+        and (view.K == 1 or x.numel() >= 2**19)
+    ),
 )
 _LAYER = _Path(_layer_forward, _layer_backward, math.inf)
 _GROUPS = _Path(_groups_forward, _groups_backward, math.inf)
-_RMS = _Path(_rms_forward, _rms_backward, 2**15)
+_RMS = _Path(_rms_forward, _rms_backward, 2**19)
 _CONTIGUOUS = {
     "batch_norm": _PLANES,
     "instance_norm": _ROWS,
