@@ -345,6 +345,14 @@ def test_what_a_path_does_not_serve_is_declined(x, why):
     assert not cpu.supports(x, view, None, None, **kind)
 
 
+def test_trailing_axes_are_not_taken_for_channels():
+    """Layer norm over (H, W), where H * W is the number of channels."""
+    x = torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)
+    view = functional.trailing_view(x.shape, (2, 2))
+    kind = {"over_batch": False, "centered": True}
+    assert not cpu.supports(x, view, None, None, **kind)
+
+
 def test_parameters_of_another_dtype_are_declined():
     view = functional.channel_view(X.shape)
     kind = {"over_batch": True, "centered": True}

@@ -201,7 +201,8 @@ def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     contiguous = x.is_contiguous()
     if not contiguous and not _channels_last(x):
         return None
-    channels = x.dim() > 1 and x.shape[1] == view.G * view.K
+    # Not trailing axes that happen to hold as many values.
+    channels = x.dim() > 1 and x.shape[:2] == (view.N, view.G * view.K)
     if over_batch:
         if not centered or not channels or view.K > 1:
             return None
