@@ -77,7 +77,7 @@ def axis_cubes(axes=None):
         The four Axes.
     """
     if axes is None:
-        _, axes = plt.subplots(1, 4, figsize=(7.6, 1.85))
+        axes = plt.subplots(2, 2, figsize=(4.8, 3.9))[1].ravel()
     last, group = _CUBE[1] - 1, range(_CUBE[1] - 3, _CUBE[1])
     shared = {
         "batch": lambda n, c: c == last,
