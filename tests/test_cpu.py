@@ -12,6 +12,7 @@ import torch
 from cases import Case
 from cases import draw as draw_case
 
+from benchmarks.speed import traced_peak
 from normlib import backends, functional, reference
 from normlib.backends import cpu
 from normlib.testing import TOLERANCE, assert_close
@@ -186,6 +187,8 @@ WIDE = [
     (Case("instance_norm", (8, 8, 24, 24)), False),
     (Case("instance_norm", (8, 8, 24, 24)), True),
     (Case("instance_norm", (2, 8, 65, 65)), True),
+    (Case("instance_norm", (1, 4, 257, 257)), True),
+    (Case("batch_norm", (20_001, 3, 2)), False),
     (Case("group_norm", (8, 16, 24, 24), groups=4), False),
     (Case("layer_norm", (256, 384), normalized=(384,)), False),
     (Case("rms_norm", (256, 384), normalized=(384,)), False),
@@ -211,6 +214,79 @@ def test_no_digit_is_lost_that_torch_keeps(case, last, mean, affine):
             numpy.abs(v - want).max() / scale for v in (got, other)
         )
         assert error <= 1.5 * max(torch_error, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean"),
+    [((4, 2, 3000), 12.0), ((1, 2, 1_000_003), 0.0)],
+    ids=["away from 0", "a long chain"],
+)
+def test_the_variance_keeps_its_digits(shape, mean):
+    """E[x^2] - E[x]^2 would lose some, as would a sum of a million."""
+    case = Case("batch_norm", shape)
+    x, weight, bias, dy = draw(case, False, mean=2 * mean)
+    _, _, var, *_ = run(case, x / 2, weight, bias, dy)
+    exact = (x / 2).double().var((0, 2), correction=0)
+    assert ((var - exact) / exact).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("mean", [100.0, 1e4])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("batch_norm", (16, 8, 24, 24)),
+        Case("batch_norm", (9000, 8)),
+        Case("group_norm", (4, 16, 24, 24), groups=4),
+    ],
+    ids=name,
+)
+def test_columns_keep_the_digits_of_planes(case, mean):
+    """PyTorch's kernel for columns does not."""
+    last = len(case.shape) > 2
+    x, weight, bias, dy = draw(case, last, mean=2 * mean)
+    x = x / 2
+    ours = run(case, x, weight, bias, dy, eps=1e-5)
+    shape = case.shape if last else (1, *case.shape[::-1], 1)
+    planes = (x.contiguous() if last else x.T.reshape(shape)).contiguous()
+    exact = flat(expected(case, x, weight, bias, dy, eps=1e-5))
+    if last:
+        theirs = torchs(case, planes, weight, bias, dy.contiguous(), eps=1e-5)
+        errors = [
+            numpy.abs(a - b).max()
+            for a, b in zip(flat(theirs), exact, strict=True)
+        ]
+    else:  # a channel is a plane of 9000 positions: its rounding by formula
+        unit = mean * 2.0**-23
+        errors = [unit, unit, 9000 * unit, 1e-3]
+    for got, want, allowed in zip(
+        flat((ours[0], *ours[4:])), exact, errors, strict=True
+    ):
+        rounding = 1e-6 * max(1.0, numpy.abs(want).max())
+        assert numpy.abs(got - want).max() <= 2 * allowed + rounding
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "served"),
+    [
+        ("group_norm", (3, 6, 5), True),
+        ("layer_norm", (4, 6), True),
+        ("rms_norm", (4, 6), False),
+    ],
+)
+def test_a_bias_without_a_weight_is_added_or_declined(norm, shape, served):
+    trailing = norm != "group_norm"
+    view = (
+        functional.trailing_view(shape, (6,))
+        if trailing
+        else functional.channel_view(shape, 3)
+    )
+    kind = {"over_batch": False, "centered": norm != "rms_norm"}
+    x, bias = torch.randn(shape), torch.randn(6)
+    assert cpu.supports(x, view, None, bias, **kind) == served
+    if served:
+        y = cpu.forward(x, view, None, bias, 1e-3, **kind)[0]
+        plain = cpu.forward(x, view, None, None, 1e-3, **kind)[0]
+        assert_close(y, plain + bias.view(-1, *[1] * (not trailing)))
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
@@ -333,7 +409,7 @@ X = torch.randn(4, 6, 3)
     [
         (X.bfloat16(), "16 bits"),
         (X[:0], "nothing to normalize"),
-        (X[:1, :, :1], "one value to a statistic"),
+        (X[:1, :, :1].contiguous(), "one value to a statistic"),
         (X[:, :, ::2], "gaps"),
         (X.transpose(0, 1), "transposed"),
     ],
@@ -360,6 +436,32 @@ def test_parameters_of_another_dtype_are_declined():
     assert cpu.supports(X, view, weight, weight, **kind)
     assert not cpu.supports(X, view, weight.double(), weight, **kind)
     assert not cpu.supports(X, view, weight, weight.double(), **kind)
+
+
+LARGE = [
+    (Case("batch_norm", (16, 32, 32, 32)), False),
+    (Case("batch_norm", (1024, 128, 2, 2)), False),
+    (Case("instance_norm", (16, 32, 32, 32)), False),
+    (Case("instance_norm", (16, 32, 32, 32)), True),
+    (Case("group_norm", (16, 32, 32, 32), groups=8), True),
+    (Case("layer_norm", (1024, 512), normalized=(512,)), False),
+    (Case("rms_norm", (1024, 512), normalized=(512,)), False),
+]
+
+
+@pytest.mark.parametrize(("case", "last"), LARGE, ids=name)
+def test_both_passes_hold_no_more_than_torchs(case, last):
+    affine = case.norm != "layer_norm"
+    x, weight, bias, dy = draw(case, last, affine=affine)
+
+    def ours():
+        return run(case, x, weight, bias, dy)
+
+    def theirs():
+        return torchs(case, x, weight, bias, dy)
+
+    spare = 2**17  # the statistics, in float64 while they merge
+    assert traced_peak(ours) <= traced_peak(theirs) + spare
 
 
 def test_backend_is_listed():
