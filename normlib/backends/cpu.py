@@ -689,11 +689,7 @@ _BATCH_COLUMNS = _Path(
     partial(_columns_forward, over_batch=True),
     partial(_columns_backward, over_batch=True),
     2**19,
-    lambda x, view: (
-        x.numel() >= LARGE
-        if _torch_is_fast(x, view, True)
-        else view.N * view.M >= 32
-    ),
+    lambda x, view: not _torch_is_fast(x, view, True) and view.N >= 32,
 )
 _COLUMNS = _Path(
     partial(_columns_forward, over_batch=False),
