@@ -6,7 +6,8 @@ drop-in for its namesake in torch.nn is tested, not inherited.
 
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -187,19 +188,31 @@ class BatchNorm(_ChannelNorm):
         if self.training and not self.track_running_stats:
             mean = var = None
         tracking = self.training and self.track_running_stats
-        y = functional.batch_norm(
-            input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            by_batch,
-            self._next_momentum() if tracking else 0.0,
-            self.eps,
-        )
-        if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        with self._all_or_nothing(tracking):
+            y = functional.batch_norm(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                by_batch,
+                self._next_momentum() if tracking else 0.0,
+                self.eps,
+            )
+            if tracking and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         return y
+
+    def _all_or_nothing(self, tracking: bool) -> AbstractContextManager:
+        """Statistics and counter move together, where the count matters.
+
+        The recomputation of a checkpoint is broken off once it has what the
+        backward needs, which is after the statistics have moved.
+        """
+        counted = tracking and self.momentum is None
+        if not counted or torch.compiler.is_compiling():
+            return nullcontext()
+        return _restored(self.running_mean, self.running_var)
 
     def _next_momentum(self) -> float | Tensor:
         count = self.num_batches_tracked
@@ -627,6 +640,18 @@ class RMSNorm(_TrailingNorm):
         return functional.rms_norm(
             x, self.normalized_shape, self.weight, self.eps
         )
+
+
+@contextmanager
+def _restored(*buffers: Tensor | None) -> Iterator[None]:
+    """Give buffers their values back where the block is not finished."""
+    before = [(b, b.clone()) for b in buffers if b is not None]
+    try:
+        yield
+    except BaseException:
+        for buffer, old in before:
+            buffer.data.copy_(old)
+        raise
 
 
 def _reset(weight: Parameter | None, bias: Parameter | None = None) -> None:

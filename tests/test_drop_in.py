@@ -774,3 +774,16 @@ def test_parameters_are_found_by_those_who_look_for_them(name):
     assert shapes[0] == shapes[1]
     assert type(ours).__name__ == type(theirs).__name__
     assert isinstance(ours, torch.nn.Module)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 40_000)], ids=str)
+def test_a_cumulative_average_counts_a_checkpointed_batch_once(shape):
+    """Its recomputation is broken off after the statistics have moved."""
+    plain = normlib.BatchNorm1d(3, momentum=None)
+    saving = normlib.BatchNorm1d(3, momentum=None)
+    for step in range(3):
+        x = (torch.randn(shape) + step).requires_grad_()
+        plain(x)
+        checkpoint(saving, x, use_reentrant=False).sum().backward()
+    assert saving.num_batches_tracked == 3
+    assert_close(list(saving.buffers()), list(plain.buffers()))

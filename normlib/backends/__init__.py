@@ -36,7 +36,7 @@ from normlib.backends import cpu, eager, fused
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
 """Every backend by name, in the order of preference."""
 
-LEAST = 2**15
+LEAST = 2**18
 """With fewer values than this a call is left to torch. Nothing is faster
 there, and already asking would take longer than it could save."""
 
