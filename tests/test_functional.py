@@ -143,6 +143,22 @@ def test_group_norm_of_channels_last_keeps_its_digits(shape, mean):
         assert error <= max(4 * torchs, 3e-6)
 
 
+@pytest.mark.parametrize("shape", [(4096, 512), (16, 128, 32, 32)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
+def test_large_batch_norm_of_channels_last_keeps_its_digits(shape, mean):
+    """PyTorch's own kernel adds float32 in chains as long as the batch."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) + mean
+    exact = F.batch_norm(x, None, None, training=True)
+    x = x.float()
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    y = functional.batch_norm(x, None, None, training=True)
+    error = (y.double() - exact).abs().max()
+    # A value of this size is off by so much before any arithmetic.
+    assert error < 1e-4 + mean * 2e-7
+
+
 def test_normalize_returns_the_biased_moments():
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     view = channel_view(x.shape)
