@@ -192,8 +192,8 @@ def instance_norm(
         eps: added to the variance.
 
     Returns:
-        y in the shape and dtype of the input. With its channels last on a
-        CPU it stays so, where torch's own comes out contiguous.
+        y in the shape and dtype of the input. float32 and float64 with the
+        channels last stay so on a CPU; otherwise y is contiguous, as torch's.
 
     Raises:
         NotImplementedError: the input is not floating point.
@@ -231,7 +231,7 @@ def instance_norm(
                 )
                 update_running(running_mean, running_var, batch, momentum)
             return y
-    last = _channels_last(input)
+    last = None if input.dtype in HALF else _channels_last(input)
     seen = input.flatten(2) if _misread(input) else input
     y = _torchs(F.instance_norm, _check_instance_norm, seen, *args)
     y = y if seen is input else restore(y, input)

@@ -39,6 +39,8 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
+_DTYPES = (torch.float32, torch.float64)
+
 BLOCK = 2**19
 """Values in a block for each thread, so that a few stay in its cache."""
 
@@ -98,7 +100,7 @@ def supports(
         and x.numel() > 0
         and view.count(over_batch) > 1
         and len(dtypes) == 1
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype in _DTYPES
         and _path(x, view, weight, bias, over_batch, centered) is not None
         and fused.plain(x, weight, bias)
     )
@@ -109,7 +111,7 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
 
     Cheap and by name, because it is asked of calls that gain nothing, too.
     """
-    if norm == "evaluation":
+    if norm == "evaluation" or x.dtype not in _DTYPES:
         return math.inf
     if norm == "normalize":  # by a view, whichever norm that is
         return 0
@@ -578,11 +580,16 @@ def _rms_forward(x, view, weight, bias, eps):
 
 def _rms_backward(dy, x, view, weight, mean, rstd, needs):
     n, _, k, _ = view
-    dx = torch.empty_like(x)  # where it is not wanted, room for a block
+    dx = torch.empty_like(x) if needs[0] else None
     dweight = rstd.new_zeros(k) if needs[1] else None
-    parts = (t.view(n, -1).split(_step(rstd, k)) for t in (dy, dx, x, rstd))
-    for dys, dxs, xs, r in zip(*parts, strict=True):
-        product = torch.mul(dys, xs, out=dxs)
+    step = _step(rstd, k)
+    # A block of its own: written to in place of dx, which may lie so that
+    # its lines fall on those of x in the cache.
+    room = x.new_empty(min(n, step), k)
+    blocks = (t.view(n, -1).split(step) for t in (dy, x, rstd))
+    for i, (dys, xs, r) in enumerate(zip(*blocks, strict=True)):
+        block = room[: len(xs)]
+        product = torch.mul(dys, xs, out=block)
         if needs[0]:
             gx = (
                 product.sum(1) if weight is None else torch.mv(product, weight)
@@ -591,8 +598,10 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
             dweight += product.mul_(r).sum(0)
         if needs[0]:
             share = (gx.view(-1, 1) * r).mul_(r).div_(-k)
-            g = dys if weight is None else torch.mul(dys, weight, out=dxs)
-            torch.addcmul(g, xs, share, out=dxs).mul_(r)
+            g = dys if weight is None else torch.mul(dys, weight, out=block)
+            torch.addcmul(g, xs, share, out=block)
+            rows = slice(i * step, i * step + len(xs))
+            torch.mul(block, r, out=dx.view(n, k)[rows])
     return _wanted((dx, dweight, None), needs)
 
 
@@ -636,10 +645,12 @@ def _line(view, weight, mean, rstd, dweight, dbias, count):
 def _combine(dx, dy, x, scale, slope, offset):
     """Write scale * dy + slope * x + offset to dx, in blocks."""
     step = _step(x)
+    room = torch.empty_like(x[:step])  # as for RMS norm
     line = (p.expand(len(x), *p.shape[1:]) for p in (scale, slope, offset))
     parts = (t.split(step) for t in (dx, dy, x, *line))
     for out, dys, xs, a, b, c in zip(*parts, strict=True):
-        torch.addcmul(c, xs, b, out=out).addcmul_(dys, a)
+        block = torch.addcmul(c, xs, b, out=room[: len(xs)])
+        torch.addcmul(block, dys, a, out=out)
 
 
 def _step(x, size=None):
@@ -660,9 +671,9 @@ def _far(x):
     rows = x.detach() if x.dim() == 2 else x.detach().movedim(1, -1)
     if not rows.is_contiguous():
         return False
-    sample = rows.view(-1, x.shape[1])[:64]
-    var, mean = torch.var_mean(sample, 0, correction=0)
-    return bool((mean.square() > 100 * var).any())
+    sample = rows.view(-1, x.shape[1])[:8]
+    mean, square = sample.mean(0), sample.square().mean(0)
+    return bool((mean.square() > 0.99 * square).any())  # 100 times the var
 
 
 def _near(mean, var, limit):
