@@ -645,12 +645,10 @@ def _line(view, weight, mean, rstd, dweight, dbias, count):
 def _combine(dx, dy, x, scale, slope, offset):
     """Write scale * dy + slope * x + offset to dx, in blocks."""
     step = _step(x)
-    room = torch.empty_like(x[:step])  # as for RMS norm
     line = (p.expand(len(x), *p.shape[1:]) for p in (scale, slope, offset))
     parts = (t.split(step) for t in (dx, dy, x, *line))
     for out, dys, xs, a, b, c in zip(*parts, strict=True):
-        block = torch.addcmul(c, xs, b, out=room[: len(xs)])
-        torch.addcmul(block, dys, a, out=out)
+        torch.addcmul(c, xs, b, out=out).addcmul_(dys, a)
 
 
 def _step(x, size=None):
@@ -668,12 +666,15 @@ def _far(x):
     """
     if not fused.plain(x):
         return False
-    rows = x.detach() if x.dim() == 2 else x.detach().movedim(1, -1)
-    if not rows.is_contiguous():
+    x = x.detach()
+    if x.dim() == 2:
+        sample, axis = x[:8], 0
+    else:  # a row of pixels of the first image
+        sample, axis = x[(0, slice(None), *[0] * (x.dim() - 3))], 1
+    if sample.shape[axis] < 4:
         return False
-    sample = rows.view(-1, x.shape[1])[:8]
-    mean, square = sample.mean(0), sample.square().mean(0)
-    return bool((mean.square() > 0.99 * square).any())  # 100 times the var
+    std, mean = torch.std_mean(sample, axis, correction=0)
+    return bool(mean.abs_().gt(std.mul_(10)).any())
 
 
 def _near(mean, var, limit):
