@@ -583,8 +583,7 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
     dx = torch.empty_like(x) if needs[0] else None
     dweight = rstd.new_zeros(k) if needs[1] else None
     step = _step(rstd, k)
-    # A block of its own: written to in place of dx, which may lie so that
-    # its lines fall on those of x in the cache.
+    # A block of its own, so that dx is written once and not read again.
     room = x.new_empty(min(n, step), k)
     blocks = (t.view(n, -1).split(step) for t in (dy, x, rstd))
     for i, (dys, xs, r) in enumerate(zip(*blocks, strict=True)):
