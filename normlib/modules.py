@@ -258,6 +258,10 @@ class BatchNorm3d(BatchNorm):
     _takes = "(N, C, D, H, W)"
 
 
+BATCH_NORMS = (BatchNorm, torch.nn.modules.batchnorm._BatchNorm)
+"""The classes that count as batch norm: normlib's and torch.nn's."""
+
+
 class _InstanceNorm(_ChannelNorm):
     def __init__(
         self,

@@ -19,13 +19,15 @@ ALLOWED = {
     "functional": {"axes", "stats", "backends"},
     "modules": {"axes", "stats", "functional"},
     "variants": {"axes", "stats", "backends", "functional", "modules"},
+    "inference": {"axes", "stats", "modules", "variants", "folding"},
     "models": {"functional", "modules"},
     "data": set(),
     "training": {"data", "models"},
     "plotting": set(),
     "explore": {"axes"},
     "testing": set(),
-    "exercises": CORE | {"models", "data", "training", "testing"},
+    "exercises": CORE
+    | {"variants", "inference", "models", "data", "training", "testing"},
 }
 
 

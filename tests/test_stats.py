@@ -3,7 +3,15 @@ import pytest
 import torch
 from hypothesis import given
 
-from normlib.stats import Moments, center, update_running
+import normlib
+from normlib.stats import (
+    CumulativeAverage,
+    ExponentialAverage,
+    Moments,
+    Population,
+    center,
+    update_running,
+)
 from normlib.testing import assert_close
 
 
@@ -101,3 +109,138 @@ def test_an_empty_batch_changes_nothing():
     update_running(mean, var, Moments.of(torch.empty(0, 3), [0]), 0.1)
     assert_close(mean, torch.zeros(3), tolerance=0)
     assert_close(var, torch.ones(3), tolerance=0)
+
+
+def updated(estimate, batches, dtype=None):
+    for x in batches:
+        estimate.update(Moments.of(x, [0], dtype))
+    return estimate
+
+
+def drifting(*sizes):
+    """Batches whose mean moves on, in float32."""
+    return [sample(n, i, 1.0 + i).float() for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("library", [normlib, torch.nn])
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 1.0, None])
+def test_the_averages_are_what_batch_norm_keeps(library, momentum):
+    layer = library.BatchNorm1d(3, momentum=momentum)
+    batches = drifting(4, 7, 5)
+    for x in batches:
+        layer(x)
+    average = (
+        CumulativeAverage()
+        if momentum is None
+        else ExponentialAverage(momentum)
+    )
+    updated(average, batches)
+    assert average.steps == layer.num_batches_tracked
+    assert_close(average.mean.flatten(), layer.running_mean)
+    assert_close(average.var.flatten(), layer.running_var)
+
+
+def test_a_decay_weighs_the_past_and_the_variance_is_biased():
+    average = updated(ExponentialAverage.with_decay(0.99), drifting(5, 9))
+    mean, var = torch.zeros(3), torch.ones(3)
+    for x in drifting(5, 9):
+        mean = 0.99 * mean + 0.01 * x.mean(0)
+        var = 0.99 * var + 0.01 * x.var(0, correction=0)
+    assert_close(average.mean.flatten(), mean)
+    assert_close(average.var.flatten(), var)
+    assert average.missing == pytest.approx(0.99**2)
+
+
+@pytest.mark.parametrize("momentum", [0.01, 0.5, 1.0])
+def test_without_the_start_the_weights_of_the_batches_sum_to_one(momentum):
+    batches = drifting(4, 7, 5)
+    average = updated(ExponentialAverage(momentum, debias=True), batches)
+    weights = momentum * (1 - momentum) ** torch.arange(2.0, -1.0, -1.0)
+    weights /= weights.sum()
+    for got, each in (
+        (average.mean, [x.mean(0) for x in batches]),
+        (average.var, [x.var(0) for x in batches]),
+    ):
+        expected = (weights[:, None] * torch.stack(each)).sum(0)
+        assert_close(got.flatten(), expected, tolerance=1e-4)
+
+
+def test_one_step_without_the_start_is_the_batch():
+    x = sample(9, mean=4.0)
+    average = updated(ExponentialAverage(0.001, debias=True), [x])
+    assert_close(average.mean.flatten(), x.mean(0), tolerance=1e-9)
+    assert_close(average.var.flatten(), x.var(0), tolerance=1e-9)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 39), max_size=5, unique=True),
+    mean=st.sampled_from([0.0, 1e3, 1e6]),
+)
+def test_a_population_is_exact_in_float32_however_it_comes(cuts, mean):
+    x = (sample(40) + mean).float()
+    parts = x.tensor_split(sorted(cuts))
+    found = updated(Population(), parts, torch.float64)
+    assert found.count == 40
+    exact = x.double()
+    far = found.mean.flatten() - exact.mean(0)
+    assert far.abs().max() < 1e-6  # float32 would be 0.03 off at 1e6
+    assert_close(
+        found.var.flatten(), exact.var(0, correction=0), tolerance=1e-6
+    )
+    assert_close(found.unbiased_var.flatten(), exact.var(0), tolerance=1e-6)
+
+
+def test_averaged_variances_miss_what_lies_between_the_batches():
+    batches = drifting(6, 6, 6, 6)
+    whole = torch.cat(batches).double()
+    average = updated(CumulativeAverage(unbiased=False), batches)
+    between = torch.stack([x.mean(0) for x in batches]).var(0, correction=0)
+    assert between.min() > 0.5
+    assert_close(
+        average.var.flatten() + between, whole.var(0, correction=0).float()
+    )
+    assert_close(average.mean.flatten(), whole.mean(0).float())
+
+
+ESTIMATES = pytest.mark.parametrize(
+    "make", [ExponentialAverage, CumulativeAverage, Population]
+)
+
+
+@ESTIMATES
+def test_an_estimate_has_nothing_to_say_before_the_first_batch(make):
+    with pytest.raises(RuntimeError, match=f"{make.__name__} has seen no"):
+        _ = make().mean
+    estimate = updated(make(), [torch.empty(0, 3)])
+    with pytest.raises(RuntimeError, match="no batch yet"):
+        _ = estimate.var
+
+
+@ESTIMATES
+def test_a_batch_that_does_not_fit_changes_nothing(make):
+    estimate = updated(make(), drifting(5))
+    mean, var = estimate.mean, estimate.var
+    with pytest.raises(ValueError, match=r"\(1, 2\) do not .* \(1, 3\)"):
+        estimate.update(Moments.of(torch.ones(4, 2), [0]))
+    assert_close(estimate.mean, mean, tolerance=0)
+    assert_close(estimate.var, var, tolerance=0)
+
+
+@pytest.mark.parametrize("make", [ExponentialAverage, CumulativeAverage])
+def test_one_value_is_refused_where_the_variance_is_to_be_unbiased(make):
+    with pytest.raises(ValueError, match="count=1"):
+        make().update(Moments.of(torch.ones(1, 3), [0]))
+    biased = updated(make(unbiased=False), [torch.ones(1, 3)])
+    assert biased.steps == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, -0.1, 1.1, float("nan")])
+def test_a_momentum_is_a_weight(momentum):
+    with pytest.raises(ValueError, match=f"but got {momentum}"):
+        ExponentialAverage(momentum)
+
+
+def test_an_estimate_keeps_no_graph():
+    x = sample(5).requires_grad_()
+    for make in (ExponentialAverage, CumulativeAverage, Population):
+        assert not updated(make(), [x, x]).var.requires_grad
