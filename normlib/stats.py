@@ -188,7 +188,7 @@ class _Average:
     def _estimate(self, running: Tensor | None, start: float) -> Tensor:
         if running is None:
             raise RuntimeError(f"{type(self).__name__} has seen no batch yet")
-        return running
+        return running.clone()
 
     def _next_momentum(self) -> float:
         raise NotImplementedError
