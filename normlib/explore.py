@@ -7,6 +7,7 @@ anywhere, and the same arguments give the same bytes.
 
 import json
 import math
+import random
 from collections.abc import Sequence
 
 import numpy
@@ -691,6 +692,414 @@ document.querySelectorAll(".normlib-cube:not([data-ready])")
         draw();
       });
     });
+  });
+});
+"""
+
+
+_BATCHES, _MOVING, _TOP = 80, 40, 5.0
+_MOMENTA = [0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05]
+_MOMENTA += [0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+_MOMENTA += [0.99]
+
+
+class RunningAverage:
+    """An exponential average that chases a moving, noisy statistic.
+
+    A statistic rises while a network learns and then rests; each of 80
+    batches shows it with some noise, and ``average = (1 - momentum) * average
+    + momentum * batch`` follows, from a start at 0. Below the curve stands
+    the weight of each past batch in the average, and of the start. A slider
+    sets momentum (PyTorch's: the weight of the new batch), another the batch
+    to look at; a button takes the start out, as Adam does.
+
+    Show it by naming it at the end of a cell.
+
+    Args:
+        momentum: at first, 0.001 to 0.99; the nearest of the slider's 23
+            values is taken.
+        step: the batch to look at, 1 to 80.
+        debias: whether the start is taken out.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Chapter 4.
+    """
+
+    def __init__(
+        self, momentum: float = 0.1, step: int = 30, debias: bool = False
+    ):
+        if not _MOMENTA[0] <= momentum <= _MOMENTA[-1]:
+            raise ValueError(
+                f"momentum must be in [{_MOMENTA[0]}, {_MOMENTA[-1]}], "
+                f"got {momentum}"
+            )
+        if step not in range(1, _BATCHES + 1):
+            raise ValueError(f"step must be in [1, {_BATCHES}], got {step}")
+        self._notch = min(
+            range(len(_MOMENTA)), key=lambda i: abs(_MOMENTA[i] - momentum)
+        )
+        self.momentum = _MOMENTA[self._notch]
+        self.step = int(step)
+        self.debias = bool(debias)
+
+    def __repr__(self) -> str:
+        return (
+            f"RunningAverage(momentum={self.momentum:g}, step={self.step}, "
+            f"debias={self.debias})"
+        )
+
+    @staticmethod
+    def statistic() -> list[float]:
+        """What is to be estimated: before the first batch, at each batch."""
+        steps = range(_BATCHES + 1)
+        return [1.5 + 2.5 * min(k, _MOVING) / _MOVING for k in steps]
+
+    @staticmethod
+    def batches() -> list[float]:
+        """What the 80 batches say of it: the statistic and some noise."""
+        # random() keeps its numbers over versions; gauss() need not.
+        draw = random.Random(4).random
+        noise = [sum(draw() for _ in range(12)) - 6 for _ in range(_BATCHES)]
+        true = RunningAverage.statistic()[1:]
+        return [
+            round(value + 0.35 * z, 2)
+            for value, z in zip(true, noise, strict=True)
+        ]
+
+    def estimates(self) -> list[float]:
+        """The average before the first batch and after each batch.
+
+        With ``debias`` there is none before the first batch; 0 stands there.
+        """
+        found, average = [0.0], 0.0
+        for t, batch in enumerate(self.batches(), 1):
+            average += self.momentum * (batch - average)
+            left = (1 - self.momentum) ** t if self.debias else 0.0
+            found.append(average / (1 - left))
+        return found
+
+    def weights(self) -> list[float]:
+        """What the average at ``step`` is made of; the sum is 1.
+
+        Returns:
+            The weight of the start, then of each batch up to ``step``.
+        """
+        keep, t = 1 - self.momentum, self.step
+        batches = [self.momentum * keep ** (t - k) for k in range(1, t + 1)]
+        if not self.debias:
+            return [keep**t, *batches]
+        return [0.0, *(weight / (1 - keep**t) for weight in batches)]
+
+    def mean_age(self) -> float:
+        """How many batches ago the batches in the average were, weighted."""
+        weights = self.weights()[1:]
+        ages = range(self.step - 1, -1, -1)
+        old = sum(w * age for w, age in zip(weights, ages, strict=True))
+        return old / sum(weights)
+
+    def _messages(self) -> tuple[str, str]:
+        start = self.weights()[0]
+        said = (
+            "Still from the start, 0: " + _percent(start)
+            if start
+            else "Nothing is left of the start"
+        )
+        return (
+            f"After batch {self.step} the average is "
+            f"{self.estimates()[self.step]:.2f}; the statistic is "
+            f"{self.statistic()[self.step]:.2f}.",
+            f"{said}. The batches in the average are "
+            f"{self.mean_age():.1f} batches old, on average.",
+        )
+
+    def _bars(self) -> str:
+        weights = self.weights()
+        high = max(weights)
+        return "".join(
+            f'<rect x="{_across(k) - 2.2:.1f}" '
+            f'y="{_FLOOR - _TALL * w / high:.1f}" width="4.4" '
+            f'height="{_TALL * w / high:.1f}"'
+            + ("/>" if k else ' class="start"/>')
+            for k, w in enumerate(weights)
+        )
+
+    def _repr_html_(self) -> str:
+        estimates, first = self.estimates(), 1 if self.debias else 0
+        path = [_point(k, v) for k, v in enumerate(estimates)]
+        t = self.step
+        above, below = self._messages()
+        fill = {
+            "@STYLE@": _RUNNING_STYLE,
+            "@SCRIPT@": _RUNNING_SCRIPT,
+            "@DATA@": json.dumps(
+                {
+                    "momenta": _MOMENTA,
+                    "batches": self.batches(),
+                    "statistic": [round(v, 4) for v in self.statistic()],
+                },
+                separators=(",", ":"),
+            ),
+            "@TRUTH@": " ".join(
+                _point(k, v) for k, v in enumerate(self.statistic())
+            ),
+            "@DOTS@": "".join(
+                f'<circle cx="{_across(k):.1f}" cy="{_up(v):.1f}" r="2.3"'
+                + ("/>" if k <= t else ' class="later"/>')
+                for k, v in enumerate(self.batches(), 1)
+            ),
+            "@PAST@": " ".join(path[first : t + 1]),
+            "@LATER@": " ".join(path[max(t, first) :]),
+            "@ATX@": f"{_across(t):.1f}",
+            "@ATY@": f"{_up(estimates[t]):.1f}",
+            "@BARS@": self._bars(),
+            "@HIGH@": _percent(max(self.weights())),
+            "@ABOVE@": above,
+            "@BELOW@": below,
+            "@NOTCH@": str(self._notch),
+            "@LAST@": str(len(_MOMENTA) - 1),
+            "@MOMENTUM@": f"{self.momentum:g}",
+            "@DECAY@": _decay(self.momentum),
+            "@STEP@": str(t),
+            "@BATCHES@": str(_BATCHES),
+            "@DEBIAS@": "true" if self.debias else "false",
+        }
+        html = _RUNNING_PAGE
+        for key, value in fill.items():
+            html = html.replace(key, value)
+        return html
+
+
+_CEILING, _GROUND, _FLOOR, _TALL = 14.0, 190.0, 276.0, 58.0
+
+
+def _across(step: int) -> float:
+    return 26 + 5.5 * step
+
+
+def _up(value: float) -> float:
+    return _GROUND - (_GROUND - _CEILING) * value / _TOP
+
+
+def _point(step: int, value: float) -> str:
+    return f"{_across(step):.1f},{_up(value):.1f}"
+
+
+def _percent(share: float) -> str:
+    if share < 0.001:
+        return "less than 0.1 %"
+    return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
+
+
+def _decay(momentum: float) -> str:
+    return f"{1 - momentum:.3f}".rstrip("0")
+
+
+_RUNNING_PAGE = """\
+<div class="normlib-running" data-notch="@NOTCH@" data-step="@STEP@"
+ data-debias="@DEBIAS@">
+<style>@STYLE@</style>
+<svg viewBox="0 0 480 298" role="img" aria-label="Above, a statistic that
+ rises and then rests, noisy values of it from 80 batches, and the running
+ average that follows them. Below, the weight of each past batch in that
+ average">
+<path class="nr-axis" d="M22,190H470M22,276H470M22,49H26"/>
+<polyline class="nr-truth" points="@TRUTH@"/>
+<g class="nr-dots">@DOTS@</g>
+<polyline class="nr-later" points="@LATER@"/>
+<polyline class="nr-past" points="@PAST@"/>
+<g class="nr-bars">@BARS@</g>
+<g class="nr-cursor" transform="translate(@ATX@,0)"><path d="M0,10V276"/>
+<circle cy="@ATY@" r="5"/></g>
+<text x="17" y="195" text-anchor="end">0</text>
+<text x="17" y="54" text-anchor="end">4</text>
+<text x="30" y="212">weights, the largest <tspan class="nr-high">@HIGH@\
+</tspan></text>
+<text x="26" y="292" text-anchor="middle">start</text>
+<text x="466" y="292" text-anchor="end">batch @BATCHES@</text>
+</svg>
+<p class="nr-key" aria-hidden="true">
+<span><i class="nr-k1"></i>the statistic</span>
+<span><i class="nr-k2"></i>what a batch says of it</span>
+<span><i class="nr-k3"></i>running average</span>
+<span><i class="nr-k4"></i>weight of the start</span></p>
+<div class="nr-told" aria-live="polite"><p class="nr-above">@ABOVE@</p>
+<p class="nr-below">@BELOW@</p></div>
+<label><span>momentum = <output class="nr-momentum">@MOMENTUM@</output>
+ (in Keras and TensorFlow: <output class="nr-decay">@DECAY@</output>)</span>
+<input class="nr-notch" type="range" min="0" max="@LAST@" step="1"
+ value="@NOTCH@" aria-label="Momentum in PyTorch's sense"
+ aria-valuetext="@MOMENTUM@"></label>
+<label><span>after batch <output class="nr-batch">@STEP@</output></span>
+<input class="nr-step" type="range" min="1" max="@BATCHES@" step="1"
+ value="@STEP@" aria-label="Look at the average after this batch"
+ aria-valuetext="batch @STEP@"></label>
+<div class="nr-buttons" role="group" aria-label="Settings">
+<button type="button" class="nr-debias" aria-pressed="@DEBIAS@">Take the
+ start out</button>
+<button type="button" data-to="0.1">0.1, PyTorch's default</button>
+<button type="button" data-to="0.01">0.01, Keras' default</button>
+<button type="button" data-to="0.99">0.99, the copied bug</button>
+<button type="button" class="nr-reset">Reset</button></div>
+<noscript>The sliders need JavaScript; the picture shows one setting.\
+</noscript>
+<script type="application/json" class="nr-data">@DATA@</script>
+<script>@SCRIPT@</script>
+</div>
+"""
+
+_RUNNING_STYLE = """
+.normlib-running{--nr-on:#0f766e;--nr-dot:#64748b;--nr-start:#dc2626;
+--nr-text:#1e293b;--nr-muted:#64748b;--nr-line:#cbd5e1;--nr-back:#fff;
+--nr-accent:#b45309;max-width:680px;margin:0 auto;color:var(--nr-text);
+font-size:.95rem;line-height:1.4}
+html[data-theme=dark] .normlib-running,
+[data-jp-theme-light=false] .normlib-running{--nr-on:#2dd4bf;
+--nr-dot:#94a3b8;--nr-start:#f87171;--nr-text:#e2e8f0;--nr-muted:#94a3b8;
+--nr-line:#475569;--nr-back:#0f172a;--nr-accent:#fbbf24}
+html[data-theme=dark] .bd-content div.cell_output
+.text_html:has(.normlib-running){background:none!important;padding:0}
+.normlib-running svg{display:block;width:100%;height:auto;cursor:ew-resize;
+background:var(--nr-back);border:1px solid var(--nr-line);border-radius:6px;
+touch-action:pan-y;user-select:none}
+.normlib-running text{font-size:13px;fill:var(--nr-muted);
+paint-order:stroke;stroke:var(--nr-back);stroke-width:4px}
+.normlib-running .nr-axis{stroke:var(--nr-line);fill:none}
+.normlib-running polyline{fill:none;stroke:var(--nr-on);stroke-width:2.4}
+.normlib-running .nr-later{stroke-opacity:.28}
+.normlib-running .nr-truth{stroke:var(--nr-accent);stroke-width:1.6;
+stroke-dasharray:5 4}
+.normlib-running .nr-dots{fill:var(--nr-dot)}
+.normlib-running .later{fill-opacity:.28}
+.normlib-running .nr-bars{fill:var(--nr-on)}
+.normlib-running .nr-bars .start{fill:var(--nr-start)}
+.normlib-running .nr-cursor path{stroke:var(--nr-text);stroke-opacity:.35}
+.normlib-running .nr-cursor circle{fill:var(--nr-on);
+stroke:var(--nr-back);stroke-width:1.5}
+.normlib-running .nr-key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;
+margin:.3rem 0;font-size:.85rem;color:var(--nr-muted)}
+.normlib-running .nr-key span{display:flex;align-items:center;gap:.35rem}
+.normlib-running .nr-key i{width:1.1rem;height:0;
+border-top:3px solid var(--nr-on)}
+.normlib-running .nr-key .nr-k1{border-top:2px dashed var(--nr-accent)}
+.normlib-running .nr-key .nr-k2{width:.5rem;height:.5rem;border:0;
+border-radius:50%;background:var(--nr-dot)}
+.normlib-running .nr-key .nr-k4{width:.5rem;height:.7rem;border:0;
+background:var(--nr-start)}
+.normlib-running .nr-told p{margin:.3rem 0}
+.normlib-running .nr-above{font-weight:600}
+.normlib-running .nr-below{min-height:2.8em}
+.normlib-running label{display:block;margin:.4rem 0 0}
+.normlib-running input{display:block;width:100%;margin:.2rem 0;
+accent-color:var(--nr-on)}
+.normlib-running .nr-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
+margin:.5rem 0 .2rem}
+.normlib-running button{font:inherit;color:inherit;padding:.25rem .6rem;
+background:var(--nr-back);border:1px solid var(--nr-muted);
+border-radius:6px;cursor:pointer}
+.normlib-running button[aria-pressed=true]{border-color:var(--nr-on);
+box-shadow:inset 0 0 0 1px var(--nr-on);font-weight:600}
+.normlib-running button:focus-visible,
+.normlib-running input:focus-visible{outline:2px solid var(--nr-accent);
+outline-offset:2px}
+"""
+
+_RUNNING_SCRIPT = """
+document.querySelectorAll(".normlib-running:not([data-ready])")
+.forEach(function (box) {
+  box.dataset.ready = "1";
+  var part = function (name) { return box.querySelector(".nr-" + name); };
+  var data = JSON.parse(part("data").textContent);
+  var notch = part("notch"), step = part("step"), debias = part("debias");
+  var picture = box.querySelector("svg"), last = data.batches.length;
+  var dots = part("dots").children;
+  function across(k) { return 26 + 5.5 * k; }
+  function up(value) { return 190 - 176 * value / 5; }
+  function percent(share) {
+    return share < 0.001 ? "less than 0.1 %" :
+      (100 * share).toFixed(share < 0.0995 ? 1 : 0) + " %";
+  }
+  function points(values, from, to) {
+    var found = [], k;
+    for (k = from; k <= to; k += 1) {
+      found.push(across(k).toFixed(1) + "," + up(values[k]).toFixed(1));
+    }
+    return found.join(" ");
+  }
+  function draw() {
+    var m = data.momenta[+notch.value], t = +step.value, k;
+    var out = debias.getAttribute("aria-pressed") === "true";
+    var keep = 1 - m, average = 0, estimates = [0], bars = "";
+    for (k = 1; k <= last; k += 1) {
+      average += m * (data.batches[k - 1] - average);
+      estimates.push(average / (out ? 1 - Math.pow(keep, k) : 1));
+    }
+    var left = Math.pow(keep, t), whole = out ? 1 - left : 1;
+    var weights = [out ? 0 : left], high, age = 0;
+    for (k = 1; k <= t; k += 1) {
+      weights.push(m * Math.pow(keep, t - k) / whole);
+      age += weights[k] * (t - k);
+    }
+    age /= 1 - weights[0];
+    high = Math.max.apply(null, weights);
+    weights.forEach(function (weight, i) {
+      var tall = 58 * weight / high;
+      bars += '<rect x="' + (across(i) - 2.2).toFixed(1) + '" y="' +
+        (276 - tall).toFixed(1) + '" width="4.4" height="' +
+        tall.toFixed(1) + '"' + (i ? "" : ' class="start"') + "/>";
+    });
+    part("bars").innerHTML = bars;
+    part("high").textContent = percent(high);
+    part("past").setAttribute("points", points(estimates, out ? 1 : 0, t));
+    part("later").setAttribute("points", points(estimates, t, last));
+    for (k = 1; k <= last; k += 1) {
+      dots[k - 1].setAttribute("class", k <= t ? "" : "later");
+    }
+    part("cursor").setAttribute("transform",
+      "translate(" + across(t).toFixed(1) + ",0)");
+    part("cursor").querySelector("circle")
+      .setAttribute("cy", up(estimates[t]).toFixed(1));
+    part("above").textContent = "After batch " + t + " the average is " +
+      estimates[t].toFixed(2) + "; the statistic is " +
+      data.statistic[t].toFixed(2) + ".";
+    part("below").textContent = (weights[0] ?
+      "Still from the start, 0: " + percent(left) :
+      "Nothing is left of the start") + ". The batches in the average are " +
+      age.toFixed(1) + " batches old, on average.";
+    part("momentum").textContent = String(m);
+    part("decay").textContent = keep.toFixed(3).replace(/0+$/, "");
+    part("batch").textContent = String(t);
+    notch.setAttribute("aria-valuetext", String(m));
+    step.setAttribute("aria-valuetext", "batch " + t);
+  }
+  function point(event) {
+    if (event.type === "pointermove" && !event.buttons) { return; }
+    var place = picture.getBoundingClientRect();
+    var x = 480 * (event.clientX - place.left) / place.width;
+    step.value = Math.round((x - 26) / 5.5);
+    draw();
+  }
+  notch.addEventListener("input", draw);
+  step.addEventListener("input", draw);
+  picture.addEventListener("pointerdown", point);
+  picture.addEventListener("pointermove", point);
+  debias.addEventListener("click", function () {
+    debias.setAttribute("aria-pressed",
+      debias.getAttribute("aria-pressed") !== "true");
+    draw();
+  });
+  box.querySelectorAll("button[data-to]").forEach(function (button) {
+    button.addEventListener("click", function () {
+      notch.value = data.momenta.indexOf(+button.dataset.to);
+      draw();
+    });
+  });
+  part("reset").addEventListener("click", function () {
+    notch.value = box.dataset.notch;
+    step.value = box.dataset.step;
+    debias.setAttribute("aria-pressed", box.dataset.debias);
+    draw();
   });
 });
 """

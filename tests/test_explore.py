@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 
 import numpy
 import pytest
+import torch
 
 from normlib import reference
-from normlib.explore import LossContours, NormCube
+from normlib.explore import LossContours, NormCube, RunningAverage
+from normlib.stats import ExponentialAverage, Moments
 
 VOID = {"input", "br", "img"}
 
@@ -126,7 +128,7 @@ def test_repr_names_the_setting():
     )
 
 
-FIGURES = [LossContours, NormCube]
+FIGURES = [LossContours, NormCube, RunningAverage]
 CUBE = (3, 6, 4)  # samples, channels, positions
 NORMS = ["batch", "sample", "token", "instance", "group", "rms"]
 
@@ -225,4 +227,92 @@ def test_the_cube_refuses_what_it_does_not_have(arguments, received):
 def test_the_cube_names_its_setting():
     assert repr(NormCube("group", 3)) == (
         "NormCube(norm='group', groups=3, cell=(0, 1, 2))"
+    )
+
+
+def running(**kwargs):
+    return RunningAverage(**kwargs)._repr_html_()
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("momentum", [0.01, 0.1, 0.99])
+def test_the_average_is_that_of_the_package(momentum, debias):
+    figure = RunningAverage(momentum, debias=debias)
+    average = ExponentialAverage(momentum, debias=debias)
+    found = []
+    for batch in figure.batches():
+        value = torch.tensor([batch], dtype=torch.float64)
+        average.update(Moments(2, value, value))
+        found.append(average.mean.item())
+    numpy.testing.assert_allclose(figure.estimates()[1:], found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize(("momentum", "step"), [(0.001, 80), (0.3, 7)])
+def test_the_weights_make_the_average(momentum, step, debias):
+    figure = RunningAverage(momentum, step, debias)
+    weights = figure.weights()
+    assert len(weights) == step + 1
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] == (
+        0 if debias else pytest.approx((1 - momentum) ** step)
+    )
+    average = numpy.dot(weights[1:], figure.batches()[:step])
+    assert figure.estimates()[step] == pytest.approx(average)
+
+
+def test_a_long_average_is_one_over_momentum_less_one_batches_old():
+    assert RunningAverage(0.2, 80).mean_age() == pytest.approx(4, abs=1e-4)
+
+
+def test_the_running_average_is_drawn_and_told_without_a_script():
+    figure = RunningAverage(0.1, 30)
+    tags = Tags(figure._repr_html_())
+    dots = tags.all("circle")[:80]
+    assert [d.get("class") for d in dots] == [None] * 30 + ["later"] * 50
+    bars = tags.all("rect")
+    assert [b.get("class") for b in bars] == ["start"] + [None] * 30
+    heights = [float(b["height"]) for b in bars]
+    shares = numpy.divide(figure.weights(), max(figure.weights()))
+    numpy.testing.assert_allclose(heights, 58 * shares, atol=0.06)
+    page = figure._repr_html_()
+    assert "After batch 30 the average is 2.83; the statistic is 3.38" in page
+    assert "Still from the start, 0: 4.2 %" in page
+    assert "Nothing is left of the start" in running(debias=True)
+    sliders = tags.all("input")
+    assert [s["aria-valuetext"] for s in sliders] == ["0.1", "batch 30"]
+    assert all(s["aria-label"] for s in sliders)
+    assert tags.all("svg")[0]["aria-label"]
+
+
+def test_the_script_of_the_average_gets_the_batches_that_python_drew():
+    found = json.loads(
+        re.search(r'class="nr-data">(.+?)</script>', running())[1]
+    )
+    assert found["batches"] == RunningAverage.batches()
+    assert len(found["statistic"]) == len(found["batches"]) + 1
+    for named in (0.01, 0.1, 0.99):  # the buttons look them up
+        assert named in found["momenta"]
+    noise = numpy.subtract(found["batches"], found["statistic"][1:])
+    assert abs(noise.mean()) < 0.1
+    assert 0.3 < noise.std() < 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"momentum": 0.0}, r"\[0.001, 0.99\], got 0.0"),
+        ({"momentum": 1.0}, r"\[0.001, 0.99\], got 1.0"),
+        ({"step": 0}, r"\[1, 80\], got 0"),
+        ({"step": 81}, r"\[1, 80\], got 81"),
+    ],
+)
+def test_the_average_refuses_what_it_does_not_have(arguments, received):
+    with pytest.raises(ValueError, match=received):
+        RunningAverage(**arguments)
+
+
+def test_the_average_names_its_setting():
+    assert repr(RunningAverage(0.1004)) == (
+        "RunningAverage(momentum=0.1, step=30, debias=False)"
     )
