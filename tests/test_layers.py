@@ -21,6 +21,7 @@ ALLOWED = {
     "variants": {"axes", "stats", "backends", "functional", "modules"},
     "inference": {"axes", "stats", "modules", "variants", "folding"},
     "models": {"functional", "modules"},
+    "diagnostics": {"stats"},
     "data": set(),
     "training": {"data", "models"},
     "plotting": set(),
