@@ -20,6 +20,7 @@ ALLOWED = {
     "modules": {"axes", "stats", "functional"},
     "variants": {"axes", "stats", "backends", "functional", "modules"},
     "inference": {"axes", "stats", "modules", "variants", "folding"},
+    "convert": {"modules"},
     "models": {"functional", "modules"},
     "diagnostics": {"stats"},
     "data": set(),
