@@ -29,9 +29,6 @@ from torch.nn import Module
 
 from normlib import modules
 
-Rule = Callable[[str, Module], Module | None]
-"""A module's name and the module, to what takes its place, or None."""
-
 
 class Convention(NamedTuple):
     """What a library's batch norm has by default, and what it stores."""
@@ -127,7 +124,9 @@ def _exchange(model: Module, classes: dict[type, type]) -> Module:
     return model
 
 
-def replace_modules(model: Module, rule: Rule) -> Module:
+def replace_modules(
+    model: Module, rule: Callable[[str, Module], Module | None]
+) -> Module:
     """Put other modules in the place of some, in place.
 
     For the RMS norm of a Llama, which is a class of its own::
@@ -184,7 +183,7 @@ def replace_modules(model: Module, rule: Rule) -> Module:
     return answers[model]
 
 
-def _answer(rule: Rule, name: str, module: Module) -> Module:
+def _answer(rule: Callable, name: str, module: Module) -> Module:
     answer = rule(name, module)
     if answer is None:
         return module
