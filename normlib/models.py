@@ -106,6 +106,102 @@ def cnn(
     return _initialize(nn.Sequential(*layers), init, seed)
 
 
+VGG = {
+    "full": (
+        *(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"),
+        *(512, 512, "pool"),
+    ),
+    "small": (16, "pool", 32, "pool", 64, 64, "pool"),
+}
+"""Widths of the convolutions of :func:`vgg`, and where the image is halved.
+``"full"`` is configuration A of Simonyan & Zisserman (2015): 8 convolutions,
+9.2 million parameters. ``"small"`` has 4, and 71 thousand parameters."""
+
+
+def vgg(
+    size: str = "full",
+    *,
+    norm: Norm = None,
+    act: Callable[[], nn.Module] = nn.ReLU,
+    place: str = "before",
+    init: Callable[..., torch.Tensor] = nn.init.xavier_normal_,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Build a VGG network for the 32 by 32 images of CIFAR-10.
+
+    Convolutions of 3 by 3 pixels, each followed by norm and activation, and
+    the largest of each 2 by 2 pixels where the image is halved; then one
+    linear layer, in place of the three of the original, which was made for
+    images of 224 by 224.
+
+    Args:
+        size: a key of :data:`VGG`.
+        norm: makes the layer of a slot from its number of channels.
+        act: makes an activation.
+        place: ``"before"`` the activation or ``"after"`` it.
+        init: fills a weight; called as ``init(weight, generator=...)``.
+        seed: of the weights.
+
+    Returns:
+        The network, from ``(N, 3, 32, 32)`` to ``(N, 10)`` scores. Biases as
+        in :func:`mlp`.
+
+    Raises:
+        ValueError: an unknown size or place.
+
+    Simonyan & Zisserman (2015). Chapter 3.
+    """
+    if size not in VGG:
+        raise ValueError(f"size={size!r} is none of {', '.join(VGG)}")
+    layers: list[nn.Module] = []
+    fan_in, side = 3, 32
+    for width in VGG[size]:
+        if width == "pool":
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+            continue
+        bias = _keeps_bias(norm, place)
+        conv = nn.Conv2d(fan_in, width, 3, padding=1, bias=bias)
+        layers += _block(conv, width, norm, act, place)
+        fan_in = width
+    layers += [nn.Flatten(), nn.Linear(fan_in * side**2, 10)]
+    return _initialize(nn.Sequential(*layers), init, seed)
+
+
+def deep_linear(
+    depth: int = 25,
+    width: int = 10,
+    *,
+    norm: Norm = None,
+    init: Callable[..., torch.Tensor] = nn.init.xavier_normal_,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Build a deep linear network: a product of square matrices.
+
+    ``W_depth ... W_2 W_1 x``, without biases or activations. With a norm
+    there is one after each matrix but the last, and the network is linear no
+    more.
+
+    Args:
+        depth: number of matrices.
+        width: of each.
+        norm: makes the layer of a slot from the width.
+        init: fills a weight; called as ``init(weight, generator=...)``.
+        seed: of the weights.
+
+    Returns:
+        The network, from ``(N, width)`` to ``(N, width)``.
+
+    Santurkar, Tsipras, Ilyas & Madry (2018, section 2.2). Chapter 3.
+    """
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers.append(nn.Linear(width, width, bias=False))
+        if norm is not None and i < depth - 1:
+            layers.append(norm(width))
+    return _initialize(nn.Sequential(*layers), init, seed)
+
+
 class Recurrent(nn.Module):
     """Read a sequence step by step, with a norm inside the recurrence.
 

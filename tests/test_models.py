@@ -82,6 +82,56 @@ def test_an_unknown_place_is_refused_with_its_name(norm):
         models.mlp([4, 5, 3], norm=norm, place="between")
 
 
+@pytest.mark.parametrize(
+    ("size", "convolutions", "parameters"),
+    [("full", 8, 9_225_610), ("small", 4, 70_762)],
+)
+def test_vgg_maps_images_to_scores(size, convolutions, parameters):
+    model = models.vgg(size)
+    assert kinds(model).count("Conv2d") == convolutions
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    x = torch.rand(2, 3, 32, 32)
+    assert model(x).shape == (2, 10)
+
+
+def test_vgg_has_a_norm_after_each_convolution_and_the_same_weights():
+    plain = models.vgg("small", seed=2)
+    normed = models.vgg("small", norm=normlib.BatchNorm2d, seed=2)
+    block = ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds(normed)[:4] == [*block, "MaxPool2d"]
+    assert kinds(plain)[:3] == ["Conv2d", "ReLU", "MaxPool2d"]
+    assert kinds(normed).count("BatchNorm2d") == 4
+    assert normed[0].bias is None
+    pairs = [
+        [p for p in model.parameters() if p.dim() > 1]
+        for model in (plain, normed)
+    ]
+    assert all(map(torch.equal, *pairs))
+
+
+def test_an_unknown_vgg_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="size='19' is none of full, small"):
+        models.vgg("19")
+
+
+def test_a_deep_linear_network_is_the_product_of_its_matrices():
+    model = models.deep_linear(25, 10).double()
+    assert kinds(model) == ["Linear"] * 25
+    x = torch.randn(4, 10).double()
+    product = torch.eye(10).double()
+    for layer in model:
+        product = layer.weight @ product
+    torch.testing.assert_close(model(x), x @ product.T)
+
+
+def test_a_deep_linear_network_has_no_norm_behind_its_last_matrix():
+    plain = models.deep_linear(3, 4, seed=1)
+    normed = models.deep_linear(3, 4, norm=normlib.BatchNorm1d, seed=1)
+    assert kinds(normed) == ["Linear", "BatchNorm1d"] * 2 + ["Linear"]
+    for i in range(3):
+        assert torch.equal(plain[i].weight, normed[2 * i].weight)
+
+
 def sequences(lengths, features=2, steps=5):
     """Random sequences whose last feature says where they run."""
     x = torch.randn(len(lengths), steps, features + 1)
