@@ -1,13 +1,13 @@
 """The data of the chapters: scikit-learn's bundled sets, nothing downloaded.
 
-Needs scikit-learn (``pip install "normlib[course]"``).
+They need scikit-learn (``pip install "normlib[course]"``). The full-size
+experiments read CIFAR-10 from a folder, with NumPy alone.
 """
 
+import pathlib
 from typing import NamedTuple
 
 import numpy
-from sklearn import datasets
-from sklearn.model_selection import train_test_split
 
 
 class Table(NamedTuple):
@@ -34,17 +34,17 @@ def breast_cancer() -> Table:
     The features' standard deviations span five orders of magnitude: 0.003
     for ``fractal dimension error`` to 569 for ``worst area``.
     """
-    return _table(datasets.load_breast_cancer())
+    return _table(_bundled("breast_cancer"))
 
 
 def wine() -> Table:
     """178 wines, 13 chemical features, three cultivars (0, 1, 2)."""
-    return _table(datasets.load_wine())
+    return _table(_bundled("wine"))
 
 
 def digits() -> Table:
     """1797 handwritten digits, 64 pixels (8 by 8) scaled to [0, 1]."""
-    table = _table(datasets.load_digits())
+    table = _table(_bundled("digits"))
     return table._replace(x=table.x / 16.0)
 
 
@@ -59,9 +59,16 @@ def sample_images(every: int = 6) -> dict[str, numpy.ndarray]:
 
     Chapter 5.
     """
-    found = datasets.load_sample_images()
+    found = _bundled("sample_images")
     images = dict(zip(("temple", "flower"), found.images, strict=True))
     return {name: _shrunk(image, every) for name, image in images.items()}
+
+
+def _bundled(name: str):
+    """One of scikit-learn's sets; it is imported only where it is needed."""
+    from sklearn import datasets
+
+    return getattr(datasets, f"load_{name}")()
 
 
 def _shrunk(image: numpy.ndarray, every: int) -> numpy.ndarray:
@@ -108,6 +115,65 @@ def _as_rows(x: numpy.ndarray, times: int, length: int) -> numpy.ndarray:
     return padded
 
 
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_FOLDER = "cifar-10-batches-bin"
+_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+
+
+def cifar10(folder: str | pathlib.Path) -> Split:
+    """The 60,000 images of CIFAR-10, from its published binary files.
+
+    A file is a row of records: 1 byte that is the label, 0 to 9, and 3,072
+    that are the pixels: red, green, blue, each row by row.
+
+    Args:
+        folder: the one in which the archive was unpacked, or
+            ``cifar-10-batches-bin`` itself.
+
+    Returns:
+        x of shape (n, 3, 32, 32), uint8, and y in int64: 50,000 for training
+        and 10,000 to test.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says how to get it.
+        ValueError: a file does not consist of such records.
+
+    Krizhevsky (2009). Chapter 3.
+    """
+    parts = [_records(pathlib.Path(folder), name) for name in _TRAIN]
+    train, test = (
+        numpy.concatenate(parts),
+        _records(pathlib.Path(folder), "test_batch.bin"),
+    )
+    x, y = zip(*map(_pixels_and_labels, (train, test)), strict=True)
+    return Split(x[0], y[0], x[1], y[1])
+
+
+def _records(folder: pathlib.Path, name: str) -> numpy.ndarray:
+    found = [p for p in (folder / _FOLDER / name, folder / name) if p.exists()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder / _FOLDER / name} is missing. Get CIFAR-10 (162 MB) by\n"
+            f"  curl -L {CIFAR10} | tar xz -C {folder}"
+        )
+    records = numpy.fromfile(found[0], numpy.uint8)
+    if len(records) == 0 or len(records) % 3073:
+        raise ValueError(
+            f"{found[0]} has {len(records)} bytes: not a multiple of 3073"
+        )
+    records = records.reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError(
+            f"{found[0]} has a label of {records[:, 0].max()}, above 9"
+        )
+    return records
+
+
+def _pixels_and_labels(records: numpy.ndarray):
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+    return pixels, records[:, 0].astype(numpy.int64)
+
+
 def split(table: Table, test_size: float = 0.25, seed: int = 0) -> Split:
     """Cut a table into a training and a test part, stratified by class.
 
@@ -119,6 +185,8 @@ def split(table: Table, test_size: float = 0.25, seed: int = 0) -> Split:
     Returns:
         The four arrays as a :class:`Split`.
     """
+    from sklearn.model_selection import train_test_split
+
     x_train, x_test, y_train, y_test = train_test_split(
         table.x,
         table.y,

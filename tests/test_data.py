@@ -1,6 +1,10 @@
 """What the chapters say of their data."""
 
+import subprocess
+import sys
+
 import numpy
+import pytest
 
 from normlib import data
 
@@ -40,3 +44,67 @@ def test_which_digits_are_slow_follows_the_seed():
     )
     assert (first == again).all()
     assert (first != other).any()
+
+
+FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Two images in each file, and the folder they are in."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    generator = numpy.random.default_rng(0)
+    drawn = generator.integers(0, 256, (6, 2, 3073), dtype=numpy.uint8)
+    drawn[:, :, 0] %= 10
+    for name, part in zip(FILES, drawn, strict=True):
+        part.tofile(folder / name)
+    return drawn, folder
+
+
+def test_cifar10_is_read_record_by_record(records):
+    drawn, folder = records
+    for where in (folder, folder.parent, str(folder)):
+        found = data.cifar10(where)
+        assert found.x_train.shape == (10, 3, 32, 32)
+        assert found.x_test.shape == (2, 3, 32, 32)
+        assert found.x_train.dtype == numpy.uint8
+        assert found.y_train.dtype == numpy.int64
+        numpy.testing.assert_array_equal(
+            found.y_train, drawn[:5, :, 0].ravel()
+        )
+        # The second file's first image: green, row 3, column 5.
+        pixel = drawn[1, 0, 1 + 1024 + 3 * 32 + 5]
+        assert found.x_train[2, 1, 3, 5] == pixel
+        assert found.y_test[1] == drawn[5, 1, 0]
+
+
+def test_where_cifar10_is_missing_the_error_says_how_to_get_it(records):
+    _, folder = records
+    (folder / "data_batch_3.bin").unlink()
+    told = r"data_batch_3.bin is missing.*\n.*curl .*cifar-10-binary.tar.gz"
+    with pytest.raises(FileNotFoundError, match=told):
+        data.cifar10(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\0" * 3072, "3072 bytes: not a multiple of 3073"),
+        (b"", "0 bytes"),
+        (b"\x0b" + b"\0" * 3072, "label of 11"),
+    ],
+)
+def test_a_file_that_is_not_cifar10_is_refused(records, content, told):
+    _, folder = records
+    (folder / "test_batch.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        data.cifar10(folder)
+
+
+def test_cifar10_needs_no_scikit_learn():
+    code = (
+        "import sys; from normlib import data, training; "
+        "assert 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
