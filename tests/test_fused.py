@@ -32,14 +32,15 @@ class Kernels:
         y, m = eager.normalize(x, view, weight, bias, eps, **kind)
         shape = (view.G,) if over_batch else (view.N, view.G)
         mean, var = m.mean.reshape(shape), m.var.reshape(shape)
-        return y, mean, var, torch.rsqrt(var + eps)
+        return y, mean, var, (mean, torch.rsqrt(var + eps))
 
     def backward(
-        self, dy, x, view, weight, mean, rstd, needs, *, over_batch, centered
+        self, dy, x, view, weight, kept, needs, *, over_batch, centered
     ):
         assert not torch.is_grad_enabled()
         self.seen.append("backward")
         axes = stat_axes(over_batch)
+        mean, rstd = kept
         shape = (1 if over_batch else view.N, view.G, 1, 1)
         g = dy = dy.reshape(view)
         if weight is not None:

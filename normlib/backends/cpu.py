@@ -111,7 +111,7 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
 
     Cheap and by name, because it is asked of calls that gain nothing, too.
     """
-    if norm == "evaluation" or x.dtype not in _DTYPES:
+    if norm == "evaluation" or x.dtype not in _DTYPES or not x.is_cpu:
         return math.inf
     if norm == "normalize":  # by a view, whichever norm that is
         return 0
@@ -153,16 +153,19 @@ def forward(
     *,
     over_batch: bool,
     centered: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
     """``weight * (x - mean) * rstd + bias`` over the view.
 
     Returns:
-        y, new, in the shape, dtype and memory format of x; mean, biased var
-        and rstd of shape (N, G), or (G,) where ``over_batch``. mean is None
-        where not ``centered``; var is None where not ``over_batch``.
+        y, new, in the shape, dtype and memory format of x; mean and biased
+        var of shape (N, G), or (G,) where ``over_batch``; for the backward,
+        mean and rstd. mean is None where not ``centered``; var is None where
+        not ``over_batch``.
     """
     path = _path(x, view, weight, bias, over_batch, centered)
-    return path.forward(x, view, _flat(weight), _flat(bias), eps)
+    weight, bias = _flat(weight), _flat(bias)
+    y, mean, var, rstd = path.forward(x, view, weight, bias, eps)
+    return y, mean, var, (mean, rstd)
 
 
 def backward(
@@ -170,8 +173,7 @@ def backward(
     x: Tensor,
     view: View,
     weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    kept: tuple[Tensor | None, Tensor],
     needs: tuple[bool, bool, bool],
     *,
     over_batch: bool,
@@ -184,8 +186,7 @@ def backward(
         x: the forward's input, as are view and weight.
         view: of x.
         weight: G·K values, or None.
-        mean: from :func:`forward`, as is rstd.
-        rstd: of the shape (N, G), or (G,).
+        kept: mean and rstd from :func:`forward`.
         needs: whether dx, dweight and dbias are wanted.
         over_batch: whether the statistics ran over the instances.
         centered: whether the mean was subtracted.
@@ -193,17 +194,17 @@ def backward(
     Returns:
         dx, dweight and dbias; None in place of what is not wanted.
     """
-    if weight is None and any(needs[1:]):  # not kept, or never there
-        weight = torch.ones(view.G * view.K, dtype=rstd.dtype)
+    if weight is None and any(needs[1:]):  # not saved, or never there
+        weight = torch.ones(view.G * view.K, dtype=x.dtype)
     path = _path(x, view, weight, None, over_batch, centered)
-    dense = torch.contiguous_format if x.is_contiguous() else _format(x)
-    dy = dy.contiguous(memory_format=dense)  # not all kernels see to it
-    return path.backward(dy, x, view, _flat(weight), mean, rstd, needs)
+    # Not all of torch's kernels see to the layout of dy.
+    dy = dy.contiguous(memory_format=fused.layout(x))
+    return path.backward(dy, x, view, _flat(weight), *kept, needs)
 
 
 def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     contiguous = x.is_contiguous()
-    if not contiguous and not _channels_last(x):
+    if not contiguous and fused.layout(x) is None:
         return None
     # Not trailing axes that happen to hold as many values.
     channels = x.dim() > 1 and x.shape[:2] == (view.N, view.G * view.K)
@@ -693,15 +694,6 @@ def _part(size, limit):
     while size > limit and size % 2 == 0:
         size //= 2
     return size
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return last[x.dim()]
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:

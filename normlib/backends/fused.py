@@ -8,6 +8,7 @@ derivative, or a backward in unusual company, is taken from the formula too:
 :func:`normlib.backends.eager.backward`, which differentiates to any order.
 """
 
+import functools
 from types import ModuleType
 
 import torch
@@ -22,14 +23,14 @@ TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether a call with these tensors is an ordinary one, on the CPU.
+    """Whether a call with these tensors is an ordinary one, on one device.
 
     False under a compiler or a tracer, inside ``torch.func`` transforms,
     forward-mode differentiation, ``__torch_function__`` and
     ``__torch_dispatch__`` modes, and autocast; for subclasses, and for
-    tensors that are sparse, quantized, fake, lazily conjugated or on another
-    device. The private names are those that torch's own Python uses; where
-    one is missing nothing is plain.
+    tensors that are sparse, quantized, fake, lazily conjugated, or neither on
+    the CPU nor on CUDA. The private names are those that torch's own Python
+    uses; where one is missing nothing is plain.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -42,12 +43,24 @@ def plain(*tensors: Tensor | None) -> bool:
         or transformed()
         or modes()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
     ):
         return False
+    device = given[0].device.type if given else "cpu"
+    if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
+        return False
     # Inference tensors have no place in a graph.
-    allowed = _KEYS[: 1 if torch.is_grad_enabled() else 2]
+    allowed = _ordinary_keys(device)[: 1 if torch.is_grad_enabled() else 2]
     return all(keys(t).raw_repr() in allowed for t in given)
+
+
+def layout(x: Tensor) -> torch.memory_format | None:
+    """How a dense x lies in memory: contiguous, channels last, or neither."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = _LAST.get(x.dim())
+    if last is None or not x.is_contiguous(memory_format=last):
+        return None
+    return last
 
 
 def normalize(
@@ -66,11 +79,12 @@ def normalize(
 
     Args:
         kernels: a module with ``forward(x, view, weight, bias, eps, *,
-            over_batch, centered)``, which returns ``y, mean, var, rstd``,
-            and ``backward(dy, x, view, weight, mean, rstd, needs, *,
-            over_batch, centered)``, which returns ``dx, dweight, dbias``.
-            The statistics have shape (N, G), or (G,) where ``over_batch``;
-            var may be None. Both run without autograd.
+            over_batch, centered)``, which returns ``y, mean, var, kept``,
+            and ``backward(dy, x, view, weight, kept, needs, *, over_batch,
+            centered)``, which returns ``dx, dweight, dbias``. Mean and var
+            have shape (N, G), or (G,) where ``over_batch``, or are None;
+            kept is a tuple of whatever tensors the backward reads. Both run
+            without autograd.
         x: plain, as are weight and bias.
         view: how to see it as (N, G, K, M).
         weight: scale, or None.
@@ -107,13 +121,13 @@ def normalize(
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, kernels, view, eps, kind):
-        y, mean, var, rstd = kernels.forward(
+        y, mean, var, kept = kernels.forward(
             x, view, weight, bias, eps, **kind
         )
         # The weight is of no use to its own gradient; saved all the same,
         # it could not be changed in place before the backward.
-        kept = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, kept, mean, rstd)
+        scale = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, scale, *kept)
         ctx.set_materialize_grads(False)
         ctx.call = kernels, view, eps, kind
         ctx.parameters = tuple(
@@ -125,7 +139,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dy, dmean, dvar):
         # The order matters: with a graph being made, the saved statistics
         # are constants and would give wrong second derivatives.
-        x, weight, mean, rstd = (
+        x, weight, *kept = (
             None if t is None else eager.settle(t)  # hooks may lay them out
             for t in ctx.saved_tensors
         )
@@ -143,7 +157,7 @@ class _Fused(torch.autograd.Function):
             )
         else:
             dx, *rest = kernels.backward(
-                dy, x, view, weight, mean, rstd, needs, **kind
+                dy, x, view, weight, tuple(kept), needs, **kind
             )
         gradients = [
             None if g is None else g.reshape(like[0]).to(like[1])
@@ -164,13 +178,15 @@ def _lookup():
     return found if all(found) and level else None
 
 
-def _ordinary_keys():
-    """The dispatch keys of a plain CPU tensor, and of an inference tensor."""
-    ordinary = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+@functools.cache
+def _ordinary_keys(device: str) -> tuple[int, int]:
+    """The dispatch keys of a plain tensor, and of an inference tensor."""
+    with torch.inference_mode(False):
+        ordinary = torch._C._dispatch_keys(torch.empty(0, device=device))
     with torch.inference_mode():
-        inference = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+        inference = torch._C._dispatch_keys(torch.empty(0, device=device))
     return ordinary.raw_repr(), inference.raw_repr()
 
 
 _QUESTIONS = _lookup()
-_KEYS = _ordinary_keys() if _QUESTIONS else ()
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
