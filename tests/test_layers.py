@@ -19,6 +19,8 @@ ALLOWED = {
     "functional": {"axes", "stats", "backends"},
     "modules": {"axes", "stats", "functional"},
     "variants": {"axes", "stats", "backends", "functional", "modules"},
+    "calls": set(),
+    "folding": {"backends", "modules", "calls"},
     "inference": {"axes", "stats", "modules", "variants", "folding"},
     "convert": {"modules"},
     "models": {"functional", "modules"},

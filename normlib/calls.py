@@ -1,0 +1,400 @@
+"""Which layer of a model is called, on whose output, and who uses its own.
+
+What a model does cannot be read from the list of its layers: it stands in
+``forward``, which is any Python. :func:`look` finds out in two ways. It runs
+the model symbolically, with :mod:`torch.fx`, on every path that it may take;
+and, where there is an example, it runs the model on that.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import TraceError
+from torch.nn import Module, Sequential
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Example = Tensor | tuple | list | Mapping | None
+"""The arguments of one call: x, (x, ...), {"name": x}, or none known."""
+
+
+class Call:
+    """One call of a layer: on whose output, and who uses its own.
+
+    Attributes:
+        layer: the name of the layer.
+        source: the call that made its input, or in words where that comes
+            from.
+        users: the calls that take its output, or words. What only asks for
+            the output's shape or dtype is no user.
+        rank: the number of axes of its input, or None where it is not known.
+    """
+
+    def __init__(self, layer: str, rank: int | None = None) -> None:
+        self.layer = layer
+        self.rank = rank
+        self.source: Call | str = UNKNOWN
+        self.users: list[Call | str] = []
+
+
+UNKNOWN = "an operation that is not a layer"
+
+
+class Seen(NamedTuple):
+    """What is known of a model; modules go by their names."""
+
+    calls: list[Call]
+    read: set[str]
+    """Modules whose tensors are used elsewhere than in their own call."""
+    hidden: dict[str, str]
+    """Modules that may be called by code that was not seen: by which."""
+
+
+def look(model: Module, example: Example = None) -> Seen:
+    """Find the calls of a model's layers, on every path that is seen.
+
+    Where the model decides by values, as in ``if x.sum() > 0``, both ways are
+    followed; arguments with a default are left out, and also given. A part
+    that cannot be traced counts as one step where it is called, and is traced
+    by itself. If that fails too, its children are traced, each of which is
+    taken to be called as a whole.
+
+    With an example the model also runs on that, without gradients, and the
+    children of a part that cannot be traced are seen in this run.
+
+    Args:
+        model: a copy of it is run, which has the model's own parameters and
+            copies of its buffers.
+        example: a tensor, a tuple of arguments, or a dictionary of keyword
+            arguments.
+
+    Chapter 4.
+    """
+    seen = Seen([], set(), {})
+    for run in (_trace, partial(_observe, example=example)):
+        double = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        with torch.no_grad():
+            run(double, seen)
+    return seen
+
+
+def plain(module: Module) -> bool:
+    """Whether a module computes as its class in torch.nn or normlib does."""
+    methods = [
+        getattr(type(module), name, None)
+        for name in ("forward", "_conv_forward")
+    ]
+    return "forward" not in vars(module) and all(
+        m.__module__.startswith(("torch.nn.", *_OURS)) for m in methods if m
+    )
+
+
+_OURS = ("normlib.modules", "normlib.variants", "normlib.folding")
+
+
+def _leaf(module: Module) -> bool:
+    """Whether a call of it is one step, not to be looked into."""
+    inside = isinstance(module, Sequential) or _container(module)
+    return plain(module) and not inside
+
+
+def _container(module: Module) -> bool:
+    """Whether it only holds others: whoever has it calls them."""
+    return type(module).forward is Module.forward
+
+
+def _held(module: Module) -> Iterator[Module]:
+    """The modules that a forward has at hand: children, those in lists."""
+    for child in module.children():
+        if _container(child):
+            yield from _held(child)
+        else:
+            yield child
+
+
+# By tracing
+
+
+class _UntraceableError(Exception):
+    """Which module cannot be traced, and why."""
+
+    def __init__(self, module: Module, reason: Exception) -> None:
+        said = str(reason).strip().partition("\n")[0]
+        short = said if len(said) < 70 else f"{said[:66]} ..."
+        super().__init__(f"{type(reason).__name__}: {short}")
+        self.module = module
+        unable = isinstance(
+            reason, (TraceError, NotImplementedError, NameError)
+        )
+        # Whether the model refuses a path, rather than tracing fails on it.
+        self.refused = not unable and "Proxy" not in said
+
+
+def _trace(model: Module, seen: Seen) -> None:
+    """Run the model symbolically, and by itself each part that it cannot."""
+    names = {module: name for name, module in model.named_modules()}
+    leaves = {module for module in names if _leaf(module)}
+    steps, regions = set(leaves), [model]
+
+    def leave_to_children(module: Module, why: str) -> None:
+        who = repr(names[module]) if names[module] else "the model"
+        for child in _held(module):
+            seen.hidden[names[child]] = f"{who}, which {why}"
+            regions.append(child)
+
+    for leaf in leaves:
+        if any(True for _ in leaf.children()):
+            leave_to_children(leaf, "is not looked into")
+    done = set(leaves)
+    for region in regions:
+        while region not in done:
+            try:
+                with _Watch(model, seen):
+                    seen.calls.extend(_calls(region, steps, names, seen))
+                done.add(region)
+            except _UntraceableError as error:
+                if error.module is region:
+                    leave_to_children(region, f"cannot be traced ({error})")
+                    done.add(region)
+                else:
+                    steps.add(error.module)
+                    regions.append(error.module)
+
+
+def _calls(region, steps, names, seen) -> list[Call]:
+    """All calls in a region: its optional arguments left out, then given.
+
+    A region may insist on them; and given, they may be past tracing.
+    """
+    parameters = inspect.signature(region.forward).parameters.values()
+    optional = any(p.default is not p.empty for p in parameters)
+    try:
+        calls = _paths(region, steps, names, seen, given=False)
+    except _UntraceableError as error:
+        if not (optional and error.refused and error.module is region):
+            raise
+        return _paths(region, steps, names, seen, given=True)
+    if optional:
+        try:
+            calls += _paths(region, steps, names, seen, given=True)
+        except _UntraceableError as error:
+            if error.module is not region:
+                raise
+    return calls
+
+
+def _paths(region, steps, names, seen, given: bool) -> list[Call]:
+    """The same for every sequence of answers to what a region asks.
+
+    A path on which the model raises an error of its own is none.
+    """
+    found, failure, pending = [], None, [()]
+    for answers in pending:
+        tracer = _Tracer(names, steps, given, answers)
+        try:
+            found.append(tracer.calls(tracer.trace(region), seen))
+        except Exception as error:
+            failure = _UntraceableError(tracer.failed or region, error)
+            if not (failure.refused and tracer.asked):
+                raise failure from error
+        new = range(len(answers), len(tracer.asked))
+        pending += [(*tracer.asked[:i], False) for i in new]
+        if len(pending) > _MOST:
+            reason = TraceError(f"more than {_MOST} paths")
+            raise _UntraceableError(region, reason)
+    if not found:
+        raise failure
+    return [call for calls in found for call in calls]
+
+
+_MOST = 32
+"""Paths through a module that are followed, and decisions on each."""
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic run of a module, with answers to what it asks of values.
+
+    Args:
+        names: of all modules.
+        steps: the modules that are not looked into.
+        given: whether arguments with a default are given.
+        answers: to the first questions in turn; to the rest, yes.
+    """
+
+    def __init__(self, names, steps, given, answers) -> None:
+        super().__init__()
+        self.names, self.steps = names, steps
+        self.given, self.answers = given, answers
+        self.asked: list[bool] = []
+        self.made: dict[fx.Node, Call] = {}
+        self.depth = 0
+        self.failed: Module | None = None
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The function to run, and a placeholder for each argument."""
+        args, kwargs = [], {}
+        forward = self.root.forward
+        for p in inspect.signature(forward).parameters.values():
+            left_out = p.default is not p.empty and not self.given
+            if left_out or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            value = self.create_proxy("placeholder", p.name, (), {})
+            if p.kind is p.KEYWORD_ONLY:
+                kwargs[p.name] = value
+            else:
+                args.append(value)
+
+        def run(*args):
+            return forward(*args, **kwargs)
+
+        return run, args
+
+    def call_module(self, m, forward, args, kwargs):
+        """A node for a step; the others run."""
+        if m in self.steps:
+            path = self.path_of_module(m)
+            proxy = self.create_proxy("call_module", path, args, kwargs)
+            self.made[proxy.node] = Call(self.names[m])
+            return proxy
+        self.depth += 1
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            if self.failed is None and m in self.submodule_paths:
+                self.failed = m
+            raise
+        finally:
+            self.depth -= 1
+
+    def to_bool(self, obj):
+        """The next answer."""
+        if self.depth:
+            raise TraceError("a part of the model decides by values")
+        if len(self.asked) == _MOST:
+            raise TraceError(f"more than {_MOST} decisions by values")
+        known = self.answers[len(self.asked) :]
+        self.asked.append(known[0] if known else True)
+        return self.asked[-1]
+
+    def calls(self, graph: fx.Graph, seen: Seen) -> list[Call]:
+        """What the graph tells of the steps."""
+        for node, call in self.made.items():
+            inputs = node.all_input_nodes
+            if inputs:
+                call.source = self._who(inputs[0])
+            call.users = [self._who(n) for n in node.users if not _looks(n)]
+        with _Watch(self.root, seen) as watch:
+            for node in graph.find_nodes(op="get_attr"):
+                watch.use("", attrgetter(node.target)(self.root))
+        return [*self.made.values()]
+
+    def _who(self, node: fx.Node) -> Call | str:
+        if node.op == "placeholder":
+            return f"the input {node.target}"
+        if node.op == "output":
+            return "the output"
+        name = getattr(node.target, "__name__", node.target)
+        return self.made.get(node, f"{name}()")
+
+
+def _looks(node: fx.Node) -> bool:
+    """Whether it only asks for what any layer's output tells alike."""
+    if node.op == "call_method":
+        return node.target in _QUESTIONS
+    return node.target is getattr and node.args[1] in _ASPECTS
+
+
+_ASPECTS = ("device", "dtype", "is_cuda", "ndim", "requires_grad", "shape")
+_QUESTIONS = ("dim", "is_floating_point", "numel", "size")
+_LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in _ASPECTS),
+    *(getattr(Tensor, name) for name in _QUESTIONS),
+}
+
+
+# By running
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which tensors functions are called on.
+
+    Of the modules' own tensors it notes in ``seen.read`` whose they are; of
+    those in ``made``, in the call that made them, who uses them.
+    """
+
+    def __init__(self, model: Module, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+        self.owner = {
+            id(tensor): name
+            for name, module in model.named_modules()
+            for tensor in _own(module)
+        }
+        self.made: dict[int, tuple[Tensor, Call]] = {}
+        self.inside = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.inside and func not in _LOOKS:
+            self.use(f"{func.__name__}()", (args, kwargs))
+        return func(*args, **kwargs)
+
+    def use(self, user: Call | str, values: Any) -> None:
+        """Note that a user takes some values, nested in any way."""
+        for value in tree_leaves(values):
+            if id(value) in self.made:
+                self.made[id(value)][1].users.append(user)
+            if id(value) in self.owner:
+                self.seen.read.add(self.owner[id(value)])
+
+    def enter(self, name: str, module, args, kwargs) -> None:
+        """Before a call of a layer: a forward pre-hook."""
+        if not self.inside:
+            values = tree_leaves((args, kwargs))
+            x = next((v for v in values if isinstance(v, Tensor)), None)
+            call = Call(name, None if x is None else x.dim())
+            if id(x) in self.made:
+                call.source = self.made[id(x)][1]
+            self.use(call, values)
+            self.seen.calls.append(call)
+        self.inside += 1
+
+    def leave(self, module, args, output) -> None:
+        """After it: a forward hook."""
+        self.inside -= 1
+        if not self.inside and isinstance(output, Tensor):
+            # Held, so that no other tensor gets its id.
+            self.made[id(output)] = output, self.seen.calls[-1]
+
+
+def _own(module: Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _observe(model: Module, seen: Seen, example: Example) -> None:
+    """Run the model on an example; note its calls and where tensors go."""
+    if example is None:
+        return
+    watch = _Watch(model, seen)
+    for name, module in model.named_modules():
+        if _leaf(module) and not any(True for _ in module.children()):
+            module.register_forward_pre_hook(
+                partial(watch.enter, name), with_kwargs=True
+            )
+            module.register_forward_hook(watch.leave)
+    if isinstance(example, Mapping):
+        args, kwargs = (), example
+    else:
+        single = isinstance(example, Tensor)
+        args, kwargs = ((example,) if single else tuple(example)), {}
+    with watch:
+        output = model(*args, **kwargs)
+    watch.use("the output", output)
+    seen.hidden.clear()  # this run has shown what tracing could not
