@@ -202,6 +202,103 @@ def deep_linear(
     return _initialize(nn.Sequential(*layers), init, seed)
 
 
+def resnet(
+    widths: list[int],
+    blocks: int = 1,
+    *,
+    norm: Norm = None,
+    act: Callable[[], nn.Module] = nn.ReLU,
+    channels: int = 3,
+    classes: int = 10,
+    init: Callable[..., torch.Tensor] = nn.init.kaiming_normal_,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Build a residual network for small images.
+
+    A convolution of 3 by 3 pixels with norm and activation; stages of
+    residual blocks, of which each but the first stage halves the image; then
+    the mean over the positions and a linear layer. ``widths=[16, 32, 64]``
+    with 3 blocks is the ResNet-20 of the paper, but for the shortcuts between
+    stages, which are convolutions here.
+
+    Args:
+        widths: channels of each stage.
+        blocks: in each stage.
+        norm: makes the layer of a slot from its number of channels.
+        act: makes an activation.
+        channels: of the image.
+        classes: number of scores.
+        init: fills a weight; called as ``init(weight, generator=...)``.
+        seed: of the weights.
+
+    Returns:
+        The network, from ``(N, channels, H, W)`` to ``(N, classes)`` scores.
+        A convolution has no bias where a norm follows.
+
+    He, Zhang, Ren & Sun (2016, section 4.2). Chapter 4.
+    """
+    bias = _keeps_bias(norm, "before")
+    first = nn.Conv2d(channels, widths[0], 3, padding=1, bias=bias)
+    layers = _block(first, widths[0], norm, act, "before")
+    fan_in = widths[0]
+    for i, width in enumerate(widths):
+        for j in range(blocks):
+            stride = 2 if i > 0 and j == 0 else 1
+            layers.append(Residual(fan_in, width, stride, norm=norm, act=act))
+            fan_in = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers.append(nn.Linear(fan_in, classes))
+    return _initialize(nn.Sequential(*layers), init, seed)
+
+
+class Residual(nn.Module):
+    """A residual block: ``act(norm(conv(act(norm(conv(x))))) + shortcut(x))``.
+
+    The shortcut is x itself, or a convolution of one pixel with a norm where
+    width or size change.
+
+    Args:
+        fan_in: channels of the input.
+        width: channels of the output.
+        stride: of the first convolution, and of the shortcut.
+        norm: makes the layer of a slot from its number of channels.
+        act: makes an activation.
+
+    He, Zhang, Ren & Sun (2016). Chapter 4.
+    """
+
+    def __init__(
+        self,
+        fan_in: int,
+        width: int,
+        stride: int = 1,
+        *,
+        norm: Norm = None,
+        act: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        bias = _keeps_bias(norm, "before")
+        norm = norm or (lambda _: nn.Identity())
+        self.conv1 = nn.Conv2d(fan_in, width, 3, stride, 1, bias=bias)
+        self.norm1 = norm(width)
+        self.act1 = act()
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias)
+        self.norm2 = norm(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or fan_in != width:
+            self.shortcut.append(
+                nn.Conv2d(fan_in, width, 1, stride, bias=bias)
+            )
+            self.shortcut.append(norm(width))
+        self.act2 = act()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, width, H / stride, W / stride) of (N, fan_in, H, W)."""
+        y = self.act1(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return self.act2(y + self.shortcut(x))
+
+
 class Recurrent(nn.Module):
     """Read a sequence step by step, with a norm inside the recurrence.
 
@@ -284,7 +381,7 @@ def _block(layer, width, norm, act, place) -> list[nn.Module]:
 
 def _initialize(model: nn.Sequential, init, seed: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
-    for layer in model:
+    for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             init(layer.weight, generator=generator)
             if layer.bias is not None:

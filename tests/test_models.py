@@ -178,3 +178,42 @@ def test_masked_statistics_see_only_what_runs():
     other = x.clone()
     other[2, 2:, :-1] = 100.0
     torch.testing.assert_close(model(other), model(x))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
+def test_the_slots_of_a_resnet_do_not_change_its_weights(norm):
+    def weights(model):
+        return [p for p in model.parameters() if p.dim() > 1]
+
+    plain = models.resnet([4, 6], 2, seed=3)
+    normed = models.resnet([4, 6], 2, norm=norm, seed=3)
+    assert all(map(torch.equal, weights(plain), weights(normed)))
+
+
+def test_a_resnet_20_has_the_papers_layers_and_parameters():
+    """0.27 million parameters (He et al. 2016, table 6)."""
+    model = models.resnet([16, 32, 64], 3, norm=normlib.BatchNorm2d)
+    of_blocks = [m for m in model if isinstance(m, models.Residual)]
+    assert len(of_blocks) == 9
+    count = sum(p.numel() for p in model.parameters())
+    assert round(count / 1e6, 2) == 0.27
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_a_resnet_halves_the_image_between_stages():
+    model = models.resnet([4, 6, 8], channels=1, norm=nn.BatchNorm2d)
+    x = torch.rand(2, 1, 8, 8)
+    sides = []
+    for layer in model:
+        x = layer(x)
+        if isinstance(layer, models.Residual):
+            sides.append(tuple(x.shape[1:]))
+    assert sides == [(4, 8, 8), (6, 4, 4), (8, 2, 2)]
+
+
+def test_a_residual_block_is_its_formula():
+    block = models.Residual(4, 4, norm=normlib.BatchNorm2d)
+    x = torch.randn(3, 4, 5, 5)
+    y = torch.relu(block.norm1(block.conv1(x)))
+    y = block.norm2(block.conv2(y))
+    torch.testing.assert_close(block(x), torch.relu(y + x))
