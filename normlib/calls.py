@@ -8,6 +8,7 @@ and, where there is an example, it runs the model on that.
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import attrgetter
@@ -122,36 +123,48 @@ def _held(module: Module) -> Iterator[Module]:
 
 
 class _UntraceableError(Exception):
-    """Which module cannot be traced, and why."""
+    """Which module cannot be traced, and why; or whether it refuses."""
 
-    def __init__(self, module: Module, reason: Exception) -> None:
+    def __init__(
+        self, module: Module, reason: Exception, reached: list[Module]
+    ) -> None:
         said = str(reason).strip().partition("\n")[0]
         short = said if len(said) < 70 else f"{said[:66]} ..."
         super().__init__(f"{type(reason).__name__}: {short}")
         self.module = module
-        unable = isinstance(
-            reason, (TraceError, NotImplementedError, NameError)
-        )
-        # Whether the model refuses a path, rather than tracing fails on it.
-        self.refused = not unable and "Proxy" not in said
+        self.reached = reached
+        self.refused = not _by_tracing(reason)
+
+
+def _by_tracing(reason: Exception) -> bool:
+    """Whether a stand-in for a value is to blame, not the model itself.
+
+    The model's own messages may show one too, as ``Proxy(name)``.
+    """
+    frame = reason.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals["__name__"] if frame else __name__
+    return raised_in.startswith(("torch.fx", __name__)) or bool(
+        re.search(r"\b(Proxy|Attribute)\b(?!\()", str(reason))
+    )
 
 
 def _trace(model: Module, seen: Seen) -> None:
     """Run the model symbolically, and by itself each part that it cannot."""
     names = {module: name for name, module in model.named_modules()}
-    leaves = {module for module in names if _leaf(module)}
-    steps, regions = set(leaves), [model]
+    leaves = [module for module in names if _leaf(module)]
+    steps, done, regions = set(leaves), set(leaves), [model]
 
-    def leave_to_children(module: Module, why: str) -> None:
+    def leave_to_children(module, why, reached=()) -> None:
         who = repr(names[module]) if names[module] else "the model"
-        for child in _held(module):
+        for child in (*_held(module), *reached):
             seen.hidden[names[child]] = f"{who}, which {why}"
             regions.append(child)
 
     for leaf in leaves:
         if any(True for _ in leaf.children()):
             leave_to_children(leaf, "is not looked into")
-    done = set(leaves)
     for region in regions:
         while region not in done:
             try:
@@ -160,7 +173,8 @@ def _trace(model: Module, seen: Seen) -> None:
                 done.add(region)
             except _UntraceableError as error:
                 if error.module is region:
-                    leave_to_children(region, f"cannot be traced ({error})")
+                    why = f"cannot be traced ({error})"
+                    leave_to_children(region, why, error.reached)
                     done.add(region)
                 else:
                     steps.add(error.module)
@@ -200,14 +214,15 @@ def _paths(region, steps, names, seen, given: bool) -> list[Call]:
         try:
             found.append(tracer.calls(tracer.trace(region), seen))
         except Exception as error:
-            failure = _UntraceableError(tracer.failed or region, error)
+            module = tracer.failed or region
+            failure = _UntraceableError(module, error, tracer.reached)
             if not (failure.refused and tracer.asked):
                 raise failure from error
         new = range(len(answers), len(tracer.asked))
         pending += [(*tracer.asked[:i], False) for i in new]
         if len(pending) > _MOST:
             reason = TraceError(f"more than {_MOST} paths")
-            raise _UntraceableError(region, reason)
+            raise _UntraceableError(region, reason, tracer.reached)
     if not found:
         raise failure
     return [call for calls in found for call in calls]
@@ -234,6 +249,7 @@ class _Tracer(fx.Tracer):
         self.asked: list[bool] = []
         self.made: dict[fx.Node, Call] = {}
         self.depth = 0
+        self.reached: list[Module] = []
         self.failed: Module | None = None
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
@@ -257,6 +273,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         """A node for a step; the others run."""
+        if not self.depth and m in self.submodule_paths:
+            self.reached.append(m)
         if m in self.steps:
             path = self.path_of_module(m)
             proxy = self.create_proxy("call_module", path, args, kwargs)
@@ -291,7 +309,8 @@ class _Tracer(fx.Tracer):
             call.users = [self._who(n) for n in node.users if not _looks(n)]
         with _Watch(self.root, seen) as watch:
             for node in graph.find_nodes(op="get_attr"):
-                watch.use("", attrgetter(node.target)(self.root))
+                if not all(map(_looks, node.users)):
+                    watch.use("", attrgetter(node.target)(self.root))
         return [*self.made.values()]
 
     def _who(self, node: fx.Node) -> Call | str:
