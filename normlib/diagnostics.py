@@ -630,7 +630,7 @@ def _inputs(model, batch, state, layers, axis) -> dict[str, Tensor]:
             x = _first_tensor([*args, *kwargs.values()])
             if x is not None:
                 units = x.detach().double().movedim(axis, 0).flatten(1)
-                seen.setdefault(name, []).append(units.cpu())
+                seen.setdefault(name, []).append(units)
 
         return hook
 
@@ -729,12 +729,9 @@ def _drift(old: Tensor, new: Tensor) -> tuple[Tensor, ...]:
     a, b = (Moments.of(x, [1]) for x in (old, new))
     stds = [m.var.sqrt().squeeze(1) for m in (a, b)]
     gap = (new.sort(1).values - old.sort(1).values).abs()
-    return (
-        (b.mean - a.mean).squeeze(1),
-        stds[1] - stds[0],
-        gap.mean(1),
-        stds[0],
-    )
+    shift = (b.mean - a.mean).squeeze(1)
+    told = shift, stds[1] - stds[0], gap.mean(1), stds[0]
+    return tuple(t.cpu() for t in told)
 
 
 def _first_tensor(values) -> Tensor | None:

@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from benchmarks import chapters, provenance, speed
+from benchmarks import chapters, provenance, reproduce, speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
@@ -80,6 +80,8 @@ def assert_record(record):
     assert_provenance(record["provenance"])
     if "chapters" in record:
         assert_chapters(record)
+    elif "runs" in record:
+        assert_reproduced(record)
     else:
         assert_speed(record)
 
@@ -124,6 +126,76 @@ def assert_speed(record):
     assert {(c["title"], c["dtype"]) for c in record["checks"]} == timed
 
 
+SETTINGS = {
+    "quick": bool,
+    "data": dict,
+    "dtype": str,
+    "channels_last": bool,
+    "scale": dict,
+}
+RUN = {
+    "experiment": str,
+    "variant": str,
+    "seed": int,
+    "settings": dict,
+    "seconds": float,
+    "diverged_at": int | None,
+    "graph": bool,
+    "loss": dict,
+    "marks": list,
+}
+WALK = {"loss_low", "loss_high", "grad_change_low", "grad_change_high", "beta"}
+SHIFT = {"distance", "cosine", "norm", "wasserstein", "mean_shift"}
+DEEP = {"landscape", "shift"}
+CLASSIFIER = {"step", "train_accuracy", "test_accuracy"}
+READINGS = {
+    "vgg": CLASSIFIER | DEEP,
+    "deep-linear": {"step", "gradient_by_layer"} | DEEP,
+    "learning-rates": CLASSIFIER,
+    "batch-sizes": CLASSIFIER,
+}
+
+
+def assert_reproduced(record):
+    assert set(record) == {"provenance", "settings", "runs"}
+    assert_kinds(record["settings"], SETTINGS)
+    assert set(record["settings"]["data"]) == {
+        *("name", "train", "test", "crc32")
+    }
+    keys = set()
+    for run in record["runs"]:
+        assert_kinds(run, RUN)
+        keys.add(json.dumps([run[key] for key in reproduce.Run._fields]))
+        assert run["variant"] in reproduce.NORMS
+        steps = run["settings"]["steps"]
+        assert set(run["loss"]) == {"every", "mean"}
+        stopped = steps if run["diverged_at"] is None else run["diverged_at"]
+        every = run["loss"]["every"]
+        assert (len(run["loss"]["mean"]) - 1) * every <= stopped
+        if run["diverged_at"] is None:
+            assert None not in run["loss"]["mean"]
+            assert run["marks"][-1]["step"] == steps
+        for row in run["marks"]:
+            assert_readings(run["experiment"], row)
+    assert len(keys) == len(record["runs"])
+
+
+def assert_readings(experiment, row):
+    assert set(row) == READINGS[experiment]
+    if "landscape" in row:
+        walk = row["landscape"]
+        assert set(walk) == WALK
+        if None not in walk.values():
+            assert walk["loss_low"] <= walk["loss_high"]
+            assert walk["grad_change_low"] <= walk["grad_change_high"]
+        assert set(row["shift"]) == {"layers", *SHIFT}
+        count = len(row["shift"]["layers"])
+        assert all(len(row["shift"][key]) == count for key in SHIFT)
+        # Nothing lies in front of the first layer, and its input is the data.
+        assert row["shift"]["distance"][0] <= 1e-3 * row["shift"]["norm"][0]
+        assert row["shift"]["wasserstein"][0] == 0
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_committed_record_is_complete_and_from_a_clean_checkout(file):
     record = json.loads(file.read_text())
@@ -131,6 +203,9 @@ def test_a_committed_record_is_complete_and_from_a_clean_checkout(file):
     assert file.name == provenance.name_of(record["provenance"])
     assert not record["provenance"]["dirty"]
     assert record["provenance"]["commit"] != "unknown"
+    if "runs" in record:
+        assert not record["settings"]["quick"]
+        assert record["settings"]["data"]["name"] == "CIFAR-10"
 
 
 @pytest.fixture
