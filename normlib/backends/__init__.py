@@ -31,9 +31,13 @@ import torch
 from torch import Tensor
 
 from normlib.axes import View
-from normlib.backends import cpu, eager, fused
+from normlib.backends import cpu, eager, fused, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton,
+    "cpu": cpu,
+    "eager": eager,
+}
 """Every backend by name, in the order of preference."""
 
 LEAST = 2**18

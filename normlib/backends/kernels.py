@@ -1,0 +1,818 @@
+"""The Triton kernels: rows, and channels.
+
+Two families serve every norm. A *row* is one set of values that share a mean,
+next to each other in memory, and short enough to be held by one program: it
+is read once, and its mean and variance are taken in two passes over
+registers. Layer norm and RMS norm have a weight for each column
+(``trailing``); group and instance norm have one for each plane of positions
+(``planes``).
+
+Where the values of a statistic are spread over memory (batch norm, channels
+last) or too many, each program takes the mean and the squared deviations of a
+part of each *channel*, and the parts are merged as
+:meth:`normlib.stats.Moments.merge` does: Chan, Golub & LeVeque (1979).
+
+All arithmetic is in float32. There are no atomics: partial sums are written
+and added up by a second kernel, so that a run repeats to the last bit.
+Offsets are 64 bits wide where they multiply a row.
+
+Imported only where Triton is; ``normlib.backends.triton`` calls it.
+Chapter 10.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows with a weight for each column: layer norm, RMS norm
+
+
+@triton.jit
+def trailing_forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    columns,
+    eps,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Normalize ROWS rows, each of at most BLOCK columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < columns)
+    at = row.to(tl.int64) * columns + column
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = _from_first(x, x_ptr + row.to(tl.int64) * columns, row < rows)
+        x = tl.where(inside, x, 0.0)
+        mean = tl.sum(x, 1, keep_dims=True) / columns
+        x = tl.where(inside, x - mean, 0.0)
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+    var = tl.sum(x * x, 1, keep_dims=True) / columns
+    rstd = 1.0 / tl.sqrt(var + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = x * rstd
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
+        y = y * weight.to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0)
+        y = y + bias.to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def trailing_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    columns,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
+    NEEDS_DBIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each program takes every so many-th block of rows.
+
+    What it adds to dweight and dbias stays in registers until its last row,
+    and then is one row of the partial sums (programs, columns).
+    """
+    column = tl.arange(0, BLOCK)[None, :]
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
+        weight = weight.to(tl.float32)
+    step = tl.num_programs(0) * ROWS
+    for first in range(tl.program_id(0) * ROWS, rows, step):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < columns)
+        at = row.to(tl.int64) * columns + column
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if NEEDS_DX or NEEDS_DWEIGHT:
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+            if CENTERED:
+                start = x_ptr + row.to(tl.int64) * columns
+                mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+                x = _from_first(x, start, row < rows) - mean
+                x = tl.where(inside, x, 0.0)
+            xhat = x * rstd
+            if NEEDS_DWEIGHT:
+                dweight += dy * xhat
+        if NEEDS_DBIAS:
+            dbias += dy
+        if NEEDS_DX:
+            g = dy
+            if HAS_WEIGHT:
+                g = dy * weight
+            dx = g - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / columns)
+            if CENTERED:
+                dx -= tl.sum(g, 1, keep_dims=True) / columns
+            dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + at, dx, mask=inside)
+    part = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, BLOCK)
+    here = tl.arange(0, BLOCK) < columns
+    if NEEDS_DWEIGHT:
+        tl.store(dweight_ptr + part, tl.sum(dweight, 0), mask=here)
+    if NEEDS_DBIAS:
+        tl.store(dbias_ptr + part, tl.sum(dbias, 0), mask=here)
+
+
+@triton.jit
+def long_forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    columns,
+    eps,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row in blocks: merge their moments, then read them again."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * columns
+    y_ptr += row * columns
+    count = 0.0
+    mean = 0.0
+    m2 = 0.0
+    start = 0.0
+    if CENTERED:
+        start = tl.load(x_ptr).to(tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - start, 0.0)
+        size = tl.minimum(columns - first, BLOCK).to(tl.float32)
+        here = 0.0
+        if CENTERED:
+            here = tl.sum(x, 0) / size
+            x = tl.where(inside, x - here, 0.0)
+        total = count + size
+        delta = here - mean
+        m2 += tl.sum(x * x, 0) + delta * delta * (count * size / total)
+        mean += delta * (size / total)
+        count = total
+    rstd = 1.0 / tl.sqrt(m2 / columns + eps)
+    tl.store(rstd_ptr + row, rstd)
+    if CENTERED:
+        tl.store(mean_ptr + row, mean)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = (x - start - mean) * rstd
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+            y = y * weight.to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+            y = y + bias.to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + column, y, mask=inside)
+
+
+@triton.jit
+def long_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    columns,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Dx of one row in blocks: its two sums, then the row again."""
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr += row * columns
+    x_ptr += row * columns
+    dx_ptr += row * columns
+    rstd = tl.load(rstd_ptr + row)
+    start = 0.0
+    mean = 0.0
+    if CENTERED:
+        start = tl.load(x_ptr).to(tl.float32)
+        mean = tl.load(mean_ptr + row)
+    g_sum = tl.zeros((BLOCK,), tl.float32)
+    gxhat_sum = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        g = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+            g = g * weight.to(tl.float32)
+        g_sum += g
+        gxhat_sum += g * ((x - start - mean) * rstd)
+    g_mean = tl.sum(g_sum, 0) / columns
+    gxhat_mean = tl.sum(gxhat_sum, 0) / columns
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        g = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+            g = g * weight.to(tl.float32)
+        dx = g - ((x - start - mean) * rstd) * gxhat_mean
+        if CENTERED:
+            dx -= g_mean
+        dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + column, dx, mask=inside)
+
+
+@triton.jit
+def long_sums(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    columns,
+    CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums over rows of dy * xhat and dy, (programs, columns)."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    step = tl.num_programs(1) * ROWS
+    for first in range(tl.program_id(1) * ROWS, rows, step):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < columns)
+        at = row.to(tl.int64) * columns + column
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTERED:
+            start = x_ptr + row.to(tl.int64) * columns
+            x = _from_first(x, start, row < rows)
+            x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        dweight += dy * (x * rstd)
+        dbias += dy
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1).to(tl.int64) * columns + column
+    tl.store(dweight_ptr + part, tl.sum(dweight, 0), mask=column < columns)
+    tl.store(dbias_ptr + part, tl.sum(dbias, 0), mask=column < columns)
+
+
+@triton.jit
+def add_parts(
+    first_ptr,
+    second_ptr,
+    first_sum_ptr,
+    second_sum_ptr,
+    parts,
+    columns,
+    TWO: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add partial sums (parts, columns) up; one array of them, or two."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = tl.zeros((PARTS, BLOCK), tl.float32)
+    second = tl.zeros((PARTS, BLOCK), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & (column < columns)
+        at = part.to(tl.int64) * columns + column
+        first += tl.load(first_ptr + at, mask=inside, other=0.0)
+        if TWO:
+            second += tl.load(second_ptr + at, mask=inside, other=0.0)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    element = first_sum_ptr.dtype.element_ty
+    tl.store(first_sum_ptr + column, tl.sum(first, 0).to(element), mask=inside)
+    if TWO:
+        element = second_sum_ptr.dtype.element_ty
+        total = tl.sum(second, 0).to(element)
+        tl.store(second_sum_ptr + column, total, mask=inside)
+
+
+# Rows with a weight for each plane: group norm, instance norm
+
+
+@triton.jit
+def planes_forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    groups,
+    channels,
+    positions,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Normalize ROWS rows (n, g), each of K channels with M positions."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    channel = tl.arange(0, CHANNELS)[None, :, None]
+    position = tl.arange(0, POSITIONS)[None, None, :]
+    known = (row < rows) & (channel < channels)
+    inside = known & (position < positions)
+    size = channels * positions
+    at = row.to(tl.int64) * size + channel * positions + position
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = _from_first(x, x_ptr + row.to(tl.int64) * size, row < rows)
+        x = tl.where(inside, x, 0.0)
+        mean = _total(x) / size
+        x = tl.where(inside, x - mean, 0.0)
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+    rstd = 1.0 / tl.sqrt(_total(x * x) / size + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = x * rstd
+    which = (row % groups) * channels + channel
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + which, mask=known, other=0.0)
+        y = y * weight.to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + which, mask=known, other=0.0)
+        y = y + bias.to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def planes_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    groups,
+    channels,
+    positions,
+    HAS_WEIGHT: tl.constexpr,
+    CENTERED: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Dx of ROWS rows, and each channel's share in dweight and dbias."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    channel = tl.arange(0, CHANNELS)[None, :, None]
+    position = tl.arange(0, POSITIONS)[None, None, :]
+    known = (row < rows) & (channel < channels)
+    inside = known & (position < positions)
+    size = channels * positions
+    at = row.to(tl.int64) * size + channel * positions + position
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    if CENTERED:
+        start = x_ptr + row.to(tl.int64) * size
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        x = _from_first(x, start, row < rows) - mean
+        x = tl.where(inside, x, 0.0)
+    xhat = x * rstd
+    if NEEDS_SUMS:
+        of = row.to(tl.int64) * channels + channel
+        share = tl.sum(dy * xhat, 2, keep_dims=True)
+        tl.store(dweight_ptr + of, share, mask=known)
+        share = tl.sum(dy, 2, keep_dims=True)
+        tl.store(dbias_ptr + of, share, mask=known)
+    if NEEDS_DX:
+        g = dy
+        if HAS_WEIGHT:
+            which = (row % groups) * channels + channel
+            weight = tl.load(weight_ptr + which, mask=known, other=0.0)
+            g = dy * weight.to(tl.float32)
+        dx = g - xhat * (_total(g * xhat) / size)
+        if CENTERED:
+            dx -= _total(g) / size
+        dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + at, dx, mask=inside)
+
+
+@triton.jit
+def _from_first(x, start, known):
+    """Values less the first of theirs, which is exact enough to be free.
+
+    What is left is small where the mean is large, so that its mean keeps the
+    digits that a mean in float32 would round off.
+    """
+    return x - tl.load(start, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _total(x):
+    """Sum over the channels and positions of each row."""
+    return tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
+
+
+# Channels: values of a statistic that are spread over memory
+
+
+@triton.jit
+def _first_of(x_ptr, channel, channels, groups, channel_stride):
+    """The first value of each channel's group; see :func:`_from_first`."""
+    width = channels // groups
+    at = (channel // width * width).to(tl.int64) * channel_stride
+    first = tl.load(x_ptr + at, mask=channel < channels, other=0.0)
+    return first.to(tl.float32)
+
+
+@triton.jit
+def channel_moments(
+    x_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    channels,
+    groups,
+    outer,
+    inner,
+    instance_stride,
+    outer_stride,
+    inner_stride,
+    channel_stride,
+    per_split,
+    CENTERED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Count, mean and squared deviations of a part of each channel.
+
+    A program takes CHANNELS channels of one instance (or of all), and of
+    their values a run of blocks of INNER. Each lane goes on by Welford's
+    step; at the end the lanes are merged.
+    """
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    lane = tl.arange(0, INNER)[None, :]
+    split = tl.program_id(1)
+    instance = tl.program_id(2).to(tl.int64)
+    x_ptr += instance * instance_stride
+    start = _first_of(x_ptr, channel, channels, groups, channel_stride)
+    blocks = tl.cdiv(inner, INNER)
+    first = split * per_split
+    last = tl.minimum(first + per_split, outer * blocks)
+    count = tl.zeros((CHANNELS, INNER), tl.float32)
+    mean = tl.zeros((CHANNELS, INNER), tl.float32)
+    m2 = tl.zeros((CHANNELS, INNER), tl.float32)
+    for block in range(first, last):
+        i = (block % blocks) * INNER + lane
+        inside = (channel < channels) & (i < inner)
+        at = (
+            (block // blocks).to(tl.int64) * outer_stride
+            + i.to(tl.int64) * inner_stride
+            + channel.to(tl.int64) * channel_stride
+        )
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if CENTERED:
+            delta = x - start - mean
+            if UNIFORM:  # the lanes that are inside have all seen as many
+                share = 1.0 / (block - first + 1).to(tl.float32)
+                mean += tl.where(inside, delta * share, 0.0)
+            else:
+                count += inside.to(tl.float32)
+                mean += tl.where(inside, delta / tl.maximum(count, 1.0), 0.0)
+            rest = x - start - mean
+            m2 += tl.where(inside, delta * rest, 0.0)
+        else:
+            m2 += x * x
+            count += inside.to(tl.float32)
+    if CENTERED and UNIFORM:
+        seen = (last - first).to(tl.float32)
+        inside = (channel < channels) & (lane < inner)
+        count += tl.where(inside, seen, 0.0)
+    total = tl.sum(count, 1, keep_dims=True)
+    middle = tl.sum(count * mean, 1, keep_dims=True) / tl.maximum(total, 1.0)
+    apart = mean - middle
+    m2 = tl.sum(m2 + count * apart * apart, 1, keep_dims=True)
+    part = instance * tl.num_programs(1) + split
+    at = part * channels + channel
+    tl.store(count_ptr + at, total, mask=channel < channels)
+    tl.store(mean_ptr + at, middle, mask=channel < channels)
+    tl.store(m2_ptr + at, m2, mask=channel < channels)
+
+
+@triton.jit
+def merge_moments(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    x_ptr,
+    shifted_ptr,
+    whole_ptr,
+    var_ptr,
+    rstd_ptr,
+    splits,
+    channels,
+    groups,
+    instance_stride,
+    channel_stride,
+    eps,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge the parts of one group of one instance (or of all).
+
+    The mean is told twice: less the first value, and as it is.
+    """
+    group = tl.program_id(0)
+    instance = tl.program_id(1).to(tl.int64)
+    width = channels // groups
+    parts = splits * width
+    count = tl.zeros((BLOCK,), tl.float32)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    m2 = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        inside = part < parts
+        split = instance * splits + part // width
+        at = split * channels + group * width + part % width
+        size = tl.load(count_ptr + at, mask=inside, other=0.0)
+        here = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        total = count + size
+        share = size / tl.maximum(total, 1.0)
+        delta = tl.where(size > 0, here - mean, 0.0)
+        m2 += tl.load(m2_ptr + at, mask=inside, other=0.0)
+        m2 += delta * delta * count * share
+        mean += delta * share
+        count = total
+    total = tl.sum(count, 0)
+    middle = tl.sum(count * mean, 0) / total
+    apart = mean - middle
+    var = tl.sum(m2 + count * apart * apart, 0) / total
+    at = instance * groups + group
+    if CENTERED:
+        start = instance * instance_stride + group * width * channel_stride
+        start = tl.load(x_ptr + start).to(tl.float32)
+        tl.store(shifted_ptr + at, middle)
+        tl.store(whole_ptr + at, start + middle)
+    tl.store(var_ptr + at, var)
+    tl.store(rstd_ptr + at, 1.0 / tl.sqrt(var + eps))
+
+
+@triton.jit
+def channel_affine(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    y_ptr,
+    channels,
+    groups,
+    outer,
+    inner,
+    instance_stride,
+    outer_stride,
+    inner_stride,
+    channel_stride,
+    per_split,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """``(x - mean) * rstd * weight + bias``, from the last block back.
+
+    What :func:`channel_moments` has read last is still in the cache.
+    """
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    lane = tl.arange(0, INNER)[None, :]
+    instance = tl.program_id(2).to(tl.int64)
+    known = channel < channels
+    group = instance * groups + channel // (channels // groups)
+    scale = tl.load(rstd_ptr + group, mask=known, other=0.0)
+    shift = tl.zeros((CHANNELS, 1), tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
+        scale = scale * weight.to(tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias_ptr + channel, mask=known, other=0.0)
+        shift = shift.to(tl.float32)
+    x_ptr += instance * instance_stride
+    start = tl.zeros((CHANNELS, 1), tl.float32)
+    mean = tl.zeros((CHANNELS, 1), tl.float32)
+    if CENTERED:
+        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
+        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
+    y_ptr += instance * instance_stride
+    blocks = tl.cdiv(inner, INNER)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, outer * blocks)
+    for back in range(last - first):
+        block = last - 1 - back
+        i = (block % blocks) * INNER + lane
+        inside = known & (i < inner)
+        at = (
+            (block // blocks).to(tl.int64) * outer_stride
+            + i.to(tl.int64) * inner_stride
+            + channel.to(tl.int64) * channel_stride
+        )
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = (x - start - mean) * scale + shift
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def channel_sums(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    channels,
+    groups,
+    outer,
+    inner,
+    instance_stride,
+    outer_stride,
+    inner_stride,
+    channel_stride,
+    per_split,
+    CENTERED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Sums of dy * xhat and of dy over a part of each channel."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    lane = tl.arange(0, INNER)[None, :]
+    split = tl.program_id(1)
+    instance = tl.program_id(2).to(tl.int64)
+    known = channel < channels
+    group = instance * groups + channel // (channels // groups)
+    rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
+    x_ptr += instance * instance_stride
+    start = tl.zeros((CHANNELS, 1), tl.float32)
+    mean = tl.zeros((CHANNELS, 1), tl.float32)
+    if CENTERED:
+        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
+        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
+    dy_ptr += instance * instance_stride
+    blocks = tl.cdiv(inner, INNER)
+    first = split * per_split
+    last = tl.minimum(first + per_split, outer * blocks)
+    dweight = tl.zeros((CHANNELS, INNER), tl.float32)
+    dbias = tl.zeros((CHANNELS, INNER), tl.float32)
+    for block in range(first, last):
+        i = (block % blocks) * INNER + lane
+        inside = known & (i < inner)
+        at = (
+            (block // blocks).to(tl.int64) * outer_stride
+            + i.to(tl.int64) * inner_stride
+            + channel.to(tl.int64) * channel_stride
+        )
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dweight += dy * (x - start - mean)
+        dbias += dy
+    part = instance * tl.num_programs(1) + split
+    at = part * channels + channel
+    total = tl.sum(dweight, 1, keep_dims=True) * rstd
+    tl.store(dweight_ptr + at, total, mask=known)
+    total = tl.sum(dbias, 1, keep_dims=True)
+    tl.store(dbias_ptr + at, total, mask=known)
+
+
+@triton.jit
+def merge_sums(
+    dweight_ptr,
+    dbias_ptr,
+    weight_ptr,
+    gxhat_ptr,
+    g_ptr,
+    splits,
+    channels,
+    groups,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums of g * xhat and of g over one group, g = dy * weight."""
+    group = tl.program_id(0)
+    instance = tl.program_id(1).to(tl.int64)
+    width = channels // groups
+    parts = splits * width
+    gxhat = tl.zeros((BLOCK,), tl.float32)
+    g = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        inside = part < parts
+        channel = group * width + part % width
+        at = (instance * splits + part // width) * channels + channel
+        dweight = tl.load(dweight_ptr + at, mask=inside, other=0.0)
+        dbias = tl.load(dbias_ptr + at, mask=inside, other=0.0)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+            weight = weight.to(tl.float32)
+            dweight = dweight * weight
+            dbias = dbias * weight
+        gxhat += dweight
+        g += dbias
+    at = instance * groups + group
+    tl.store(gxhat_ptr + at, tl.sum(gxhat, 0))
+    tl.store(g_ptr + at, tl.sum(g, 0))
+
+
+@triton.jit
+def channel_dx(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    gxhat_ptr,
+    g_ptr,
+    dx_ptr,
+    channels,
+    groups,
+    outer,
+    inner,
+    instance_stride,
+    outer_stride,
+    inner_stride,
+    channel_stride,
+    per_split,
+    size,
+    CENTERED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Dx of a part of each channel, from the last block back."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    lane = tl.arange(0, INNER)[None, :]
+    instance = tl.program_id(2).to(tl.int64)
+    known = channel < channels
+    group = instance * groups + channel // (channels // groups)
+    rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
+    scale = rstd
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
+        scale = rstd * weight.to(tl.float32)
+    slope = tl.load(gxhat_ptr + group, mask=known, other=0.0) / size
+    slope = slope * rstd * rstd
+    x_ptr += instance * instance_stride
+    start = tl.zeros((CHANNELS, 1), tl.float32)
+    mean = tl.zeros((CHANNELS, 1), tl.float32)
+    offset = tl.zeros((CHANNELS, 1), tl.float32)
+    if CENTERED:
+        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
+        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
+        offset = tl.load(g_ptr + group, mask=known, other=0.0) / size * rstd
+    dy_ptr += instance * instance_stride
+    dx_ptr += instance * instance_stride
+    blocks = tl.cdiv(inner, INNER)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, outer * blocks)
+    for back in range(last - first):
+        block = last - 1 - back
+        i = (block % blocks) * INNER + lane
+        inside = known & (i < inner)
+        at = (
+            (block // blocks).to(tl.int64) * outer_stride
+            + i.to(tl.int64) * inner_stride
+            + channel.to(tl.int64) * channel_stride
+        )
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dx = dy * scale - (x - start - mean) * slope - offset
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

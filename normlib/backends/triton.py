@@ -1,0 +1,564 @@
+"""Kernels in Triton, for CUDA.
+
+What calls :mod:`normlib.backends.kernels`: which family serves a view, and in
+what tiles. Without Triton, or without a GPU, the backend is not available;
+under Triton's interpreter (``TRITON_INTERPRET=1`` in the environment, before
+the first call) it runs on the CPU, slowly, for tests.
+
+Chapter 10.
+"""
+
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normlib.axes import View
+from normlib.backends import fused
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+TILE = 2**14
+"""The most values that a program holds at once."""
+
+FEW = 2**11
+"""The values of a tile, where rows or blocks are short enough to choose."""
+
+LONG_BLOCK = 2**13
+"""The values of a row longer than a tile that are read at a time."""
+
+PARTS = 32
+"""Partial sums that are added up side by side."""
+
+
+def available() -> bool:
+    """Whether Triton is installed and there is a GPU, or its interpreter."""
+    if not _installed():
+        return False
+    return _interpreted() or torch.cuda.is_available()
+
+
+def supports(
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    over_batch: bool,
+    centered: bool,
+) -> bool:
+    """Whether the kernels serve this call, at any size.
+
+    float32, float16 and bfloat16; weight and bias float32 or of the dtype of
+    x; x contiguous or with its channels last; more than one value to a
+    statistic; and an ordinary call, as
+    :func:`normlib.backends.fused.plain` says.
+    """
+    given = [p for p in (weight, bias) if p is not None]
+    return (
+        x.device.type == ("cpu" if _interpreted() else "cuda")
+        and x.dtype in _DTYPES
+        and 0 < x.numel() < 2**31
+        and view.count(over_batch) > 1
+        and all(p.dtype in (x.dtype, torch.float32) for p in given)
+        and all(p.device == x.device for p in given)
+        and _family(x, view, over_batch) is not None
+        and fused.plain(x, weight, bias)
+    )
+
+
+def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
+    """How many values a call must have for :func:`pays` to be asked."""
+    return math.inf
+
+
+def pays(
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    over_batch: bool,
+    centered: bool,
+) -> bool:
+    """Whether it is faster than torch's own kernel, by the records."""
+    return False
+
+
+def forward(
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    over_batch: bool,
+    centered: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
+    """``weight * (x - mean) * rstd + bias`` over the view.
+
+    Returns:
+        y in the shape, dtype and memory format of x; mean and biased var of
+        shape (G,) where ``over_batch``, or else None; and what the backward
+        needs: the mean less the first value that went into it, and rstd.
+    """
+    parameters = _flat(weight), _flat(bias)
+    call = _Call(x, view, *parameters, centered, over_batch)
+    return _family(x, view, over_batch).forward(call, eps)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    kept: tuple[Tensor | None, Tensor],
+    needs: tuple[bool, bool, bool],
+    *,
+    over_batch: bool,
+    centered: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx = rstd * (g - ⟨g⟩ - xhat * ⟨g * xhat⟩)`` with ``g = dy * weight``.
+
+    Args:
+        dy: of the shape of x, with any strides.
+        x: the forward's input, as are view and weight.
+        view: of x.
+        weight: G·K values, or None.
+        kept: from :func:`forward`.
+        needs: whether dx, dweight and dbias are wanted.
+        over_batch: whether the statistics ran over the instances.
+        centered: whether the mean was subtracted.
+
+    Returns:
+        dx, dweight and dbias (these in float32); None in place of what is
+        not wanted.
+    """
+    family = _family(x, view, over_batch)
+    dy = dy.contiguous(memory_format=fused.layout(x))
+    call = _Call(x, view, _flat(weight), None, centered, over_batch)
+    dx = torch.empty_like(x) if needs[0] else None
+    sums = family.backward(call, dy, kept, dx, needs)
+    return dx, *(
+        s if n else None for s, n in zip(sums, needs[1:], strict=True)
+    )
+
+
+class _Call(NamedTuple):
+    """What every kernel is told of a call."""
+
+    x: Tensor
+    view: View
+    weight: Tensor | None
+    bias: Tensor | None
+    centered: bool
+    over_batch: bool
+
+    def new(self, *shape) -> Tensor:
+        """Room for numbers in float32."""
+        return self.x.new_empty(shape, dtype=torch.float32)
+
+    @property
+    def room(self) -> Tensor:
+        """One number for each statistic."""
+        g = self.view.G
+        return self.new(g) if self.over_batch else self.new(self.view.N, g)
+
+
+class _Family(NamedTuple):
+    forward: Callable
+    backward: Callable
+
+
+def _family(x: Tensor, view: View, over_batch: bool) -> _Family | None:
+    """Which kernels serve a view; None where none do."""
+    contiguous = x.is_contiguous()
+    channels = x.dim() > 1 and x.shape[:2] == (view.N, view.G * view.K)
+    if over_batch or not contiguous:
+        last = channels and fused.layout(x) is not None
+        return _CHANNELS if contiguous or last else None
+    if view.G == 1 and view.M == 1:
+        return _TRAILING if view.K <= TILE else _LONG
+    if _power(view.K) * _power(view.M) <= TILE:
+        return _PLANES
+    return _CHANNELS
+
+
+# Rows with a weight for each column
+
+
+def _trailing_forward(call, eps):
+    n, _, k, _ = call.view
+    rows, block = _rows(n, k), _power(k)
+    y, rstd = torch.empty_like(call.x), call.room
+    mean = call.room if call.centered else None
+    _launch(
+        _kernels().trailing_forward,
+        (_cdiv(n, rows),),
+        *(call.x, call.weight, call.bias, y, mean, rstd, n, k, eps),
+        CENTERED=call.centered,
+        HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_warps(rows * block),
+    )
+    return y, None, None, (mean, rstd)
+
+
+def _trailing_backward(call, dy, kept, dx, needs):
+    n, _, k, _ = call.view
+    rows, block = _rows(n, k), _power(k)
+    programs = min(_cdiv(n, rows), 2 * _multiprocessors(call.x.device))
+    parts = [call.new(programs, k) if need else None for need in needs[1:]]
+    _launch(
+        _kernels().trailing_backward,
+        (programs,),
+        *(dy, call.x, call.weight, *kept, dx, *parts, n, k),
+        CENTERED=call.centered,
+        HAS_WEIGHT=call.weight is not None,
+        NEEDS_DX=needs[0],
+        NEEDS_DWEIGHT=needs[1],
+        NEEDS_DBIAS=needs[2],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_warps(2 * rows * block),
+    )
+    return _added(call, *parts)
+
+
+def _long_forward(call, eps):
+    n, _, k, _ = call.view
+    y, rstd = torch.empty_like(call.x), call.room
+    mean = call.room if call.centered else None
+    _launch(
+        _kernels().long_forward,
+        (n,),
+        *(call.x, call.weight, call.bias, y, mean, rstd, k, eps),
+        CENTERED=call.centered,
+        HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None,
+        BLOCK=LONG_BLOCK,
+        num_warps=_warps(LONG_BLOCK),
+    )
+    return y, None, None, (mean, rstd)
+
+
+def _long_backward(call, dy, kept, dx, needs):
+    n, _, k, _ = call.view
+    if dx is not None:
+        _launch(
+            _kernels().long_backward,
+            (n,),
+            *(dy, call.x, call.weight, *kept, dx, k),
+            CENTERED=call.centered,
+            HAS_WEIGHT=call.weight is not None,
+            BLOCK=LONG_BLOCK,
+            num_warps=_warps(LONG_BLOCK),
+        )
+    if not any(needs[1:]):
+        return None, None
+    rows, block = 16, 128
+    across = _cdiv(k, block)
+    splits = max(1, 4 * _multiprocessors(call.x.device) // across)
+    splits = min(splits, _cdiv(n, rows))
+    parts = call.new(splits, k), call.new(splits, k)
+    _launch(
+        _kernels().long_sums,
+        (across, splits),
+        *(dy, call.x, *kept, *parts, n, k),
+        CENTERED=call.centered,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_warps(rows * block),
+    )
+    return _added(call, *parts)
+
+
+# Rows with a weight for each plane
+
+
+def _planes_tile(view):
+    channels, positions = _power(view.K), _power(view.M)
+    rows = max(1, FEW // (channels * positions))
+    return min(rows, _power(view.N * view.G)), channels, positions
+
+
+def _planes_forward(call, eps):
+    n, g, k, m = call.view
+    rows, channels, positions = _planes_tile(call.view)
+    y, rstd = torch.empty_like(call.x), call.room
+    mean = call.room if call.centered else None
+    _launch(
+        _kernels().planes_forward,
+        (_cdiv(n * g, rows),),
+        *(call.x, call.weight, call.bias, y, mean, rstd),
+        *(n * g, g, k, m, eps),
+        HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None,
+        CENTERED=call.centered,
+        ROWS=rows,
+        CHANNELS=channels,
+        POSITIONS=positions,
+        num_warps=_warps(rows * channels * positions),
+    )
+    return y, None, None, (mean, rstd)
+
+
+def _planes_backward(call, dy, kept, dx, needs):
+    n, g, k, m = call.view
+    rows, channels, positions = _planes_tile(call.view)
+    sums = any(needs[1:])
+    parts = (call.new(n, g * k), call.new(n, g * k)) if sums else (None, None)
+    _launch(
+        _kernels().planes_backward,
+        (_cdiv(n * g, rows),),
+        *(dy, call.x, call.weight, *kept, dx, *parts, n * g, g, k, m),
+        HAS_WEIGHT=call.weight is not None,
+        CENTERED=call.centered,
+        NEEDS_DX=needs[0],
+        NEEDS_SUMS=sums,
+        ROWS=rows,
+        CHANNELS=channels,
+        POSITIONS=positions,
+        num_warps=_warps(2 * rows * channels * positions),
+    )
+    return _added(call, *parts)
+
+
+# Channels
+
+
+class _Walk(NamedTuple):
+    """How the values of each channel lie in memory, and who takes which."""
+
+    instances: int
+    groups: int
+    channels: int
+    outer: int
+    inner: int
+    strides: tuple[int, int, int, int]
+    """Of an instance, of outer, of inner, of a channel."""
+    block: tuple[int, int]
+    """Channels and inner values of a block."""
+    per_split: int
+    """Blocks to a program."""
+    splits: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs: over channels, splits, instances."""
+        across = _cdiv(self.channels, self.block[0])
+        return across, self.splits, self.instances
+
+    @property
+    def where(self) -> tuple[int, ...]:
+        """The arguments that every kernel over channels takes."""
+        return (
+            *(self.channels, self.groups, self.outer, self.inner),
+            *(*self.strides, self.per_split),
+        )
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """Its compile-time arguments."""
+        channels, inner = self.block
+        return {
+            "CHANNELS": channels,
+            "INNER": inner,
+            "num_warps": _warps(channels * inner),
+        }
+
+
+def _walk(call: _Call) -> _Walk:
+    n, g, k, m = call.view
+    c = g * k
+    if not call.x.is_contiguous() or m == 1:  # channels beside each other
+        instances, inner = (1, n * m) if call.over_batch else (n, m)
+        outer, strides = 1, (m * c, 0, c, 1)
+        channels = min(_power(c), 64)
+        block = channels, min(_power(inner), FEW // channels)
+    else:  # positions beside each other
+        instances, outer = (1, n) if call.over_batch else (n, 1)
+        inner, strides = m, (c * m, c * m, 1, m)
+        positions = min(_power(m), 1024)
+        block = min(_power(c), max(1, FEW // positions)), positions
+    blocks = outer * _cdiv(inner, block[1])
+    across = _cdiv(c, block[0]) * instances
+    wanted = _cdiv(4 * _multiprocessors(call.x.device), across)
+    per_split = _cdiv(blocks, min(wanted, blocks))
+    splits = _cdiv(blocks, per_split)
+    return _Walk(
+        *(instances, g, c, outer, inner, strides, block, per_split, splits)
+    )
+
+
+def _channels_forward(call, eps):
+    walk = _walk(call)
+    kernels, x = _kernels(), call.x
+    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 3
+    parts = [torch.empty_like(p) for p in parts]
+    inner, block = walk.inner, walk.block[1]
+    _launch(
+        kernels.channel_moments,
+        walk.grid,
+        *(x, *parts, *walk.where),
+        CENTERED=call.centered,
+        UNIFORM=inner <= block or inner % block == 0,
+        **walk.tile,
+    )
+    var, rstd = call.room, call.room
+    shifted, whole = (call.room if call.centered else None for _ in range(2))
+    _launch(
+        kernels.merge_moments,
+        (walk.groups, walk.instances),
+        *(*parts, x, shifted, whole, var, rstd),
+        *(walk.splits, walk.channels, walk.groups),
+        *(walk.strides[0], walk.strides[3], eps),
+        CENTERED=call.centered,
+        BLOCK=_merged(walk),
+        num_warps=1,
+    )
+    y = torch.empty_like(x)
+    _launch(
+        kernels.channel_affine,
+        walk.grid,
+        *(x, call.weight, call.bias, shifted, rstd, y, *walk.where),
+        CENTERED=call.centered,
+        HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None,
+        **walk.tile,
+    )
+    told = (whole, var) if call.over_batch else (None, None)
+    return y, *told, (shifted, rstd)
+
+
+def _channels_backward(call, dy, kept, dx, needs):
+    walk = _walk(call)
+    kernels = _kernels()
+    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 2
+    parts = [torch.empty_like(p) for p in parts]
+    _launch(
+        kernels.channel_sums,
+        walk.grid,
+        *(dy, call.x, *kept, *parts, *walk.where),
+        CENTERED=call.centered,
+        **walk.tile,
+    )
+    if dx is not None:
+        gxhat, g = call.room, call.room
+        _launch(
+            kernels.merge_sums,
+            (walk.groups, walk.instances),
+            *(*parts, call.weight, gxhat, g),
+            *(walk.splits, walk.channels, walk.groups),
+            HAS_WEIGHT=call.weight is not None,
+            BLOCK=_merged(walk),
+            num_warps=1,
+        )
+        _launch(
+            kernels.channel_dx,
+            walk.grid,
+            *(dy, call.x, call.weight, *kept, gxhat, g, dx),
+            *(*walk.where, call.view.count(call.over_batch)),
+            CENTERED=call.centered,
+            HAS_WEIGHT=call.weight is not None,
+            **walk.tile,
+        )
+    return _added(call, *parts) if any(needs[1:]) else (None, None)
+
+
+def _merged(walk):
+    return min(1024, _power(walk.splits * walk.channels // walk.groups))
+
+
+# What they share
+
+
+def _added(call, *parts):
+    """The sums of partial sums: of one array, of two, or of none."""
+    given = [p for p in parts if p is not None]
+    if not given:
+        return None, None
+    columns = given[0].shape[1]
+    sums = [None if p is None else call.new(columns) for p in parts]
+    totals = [s for s in sums if s is not None]
+    block = 64
+    _launch(
+        _kernels().add_parts,
+        (_cdiv(columns, block),),
+        *(given[0], given[-1], totals[0], totals[-1]),
+        *(len(given[0]), columns),
+        TWO=len(given) > 1,
+        PARTS=PARTS,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return sums
+
+
+def _launch(kernel, grid, *args, **constants):
+    if args[0].device.type != "cuda":
+        kernel[grid](*args, **constants)
+        return
+    with torch.cuda.device(args[0].device):
+        kernel[grid](*args, **constants)
+
+
+def _flat(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.reshape(-1).contiguous()
+
+
+def _rows(n, k):
+    return min(max(1, FEW // _power(k)), _power(n))
+
+
+def _warps(values):
+    """Threads enough for 16 values each, in warps of 32."""
+    return min(32, max(1, _power(values) // 512))
+
+
+def _power(n):
+    """The power of two from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _kernels():
+    from normlib.backends import kernels
+
+    return kernels
+
+
+@cache
+def _multiprocessors(device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_TRAILING = _Family(_trailing_forward, _trailing_backward)
+_LONG = _Family(_long_forward, _long_backward)
+_PLANES = _Family(_planes_forward, _planes_backward)
+_CHANNELS = _Family(_channels_forward, _channels_backward)
+
+normalize = partial(fused.normalize, sys.modules[__name__])
