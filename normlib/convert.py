@@ -31,7 +31,12 @@ from normlib import modules
 
 
 class Convention(NamedTuple):
-    """What a library's batch norm has by default, and what it stores."""
+    """What a library's batch norm has by default, and what it stores.
+
+    ``eps`` is added to the variance; ``decay`` is the weight of the past in
+    the running statistics; ``unbiased`` says of which kind the running
+    variance is.
+    """
 
     eps: float
     decay: float
@@ -153,9 +158,10 @@ def replace_modules(
         The model, or what the rule puts in its place.
 
     Raises:
-        TypeError: the rule returned something else. After this error, and
-            any that the rule raises, the model is as it was.
+        TypeError: the rule returned something else.
+        ValueError: what is to be replaced is compiled by itself.
 
+    After these errors, and any that the rule raises, the model is as it was.
     Chapter 4.
     """
     answers: dict[Module, Module] = {}
@@ -175,12 +181,22 @@ def replace_modules(
 
     known = set(model.modules())
     visit("", model)
+    _check_compiled(places, answers)
     for old, new in answers.items():
         for module in set(new.modules()) - known if new is not old else ():
             module.training = old.training
     for parent, key, child in places:
         parent._modules[key] = answers[child]
     return answers[model]
+
+
+def _check_compiled(places, answers) -> None:
+    for _, key, child in places:
+        if key == "_orig_mod" and answers[child] is not child:
+            raise ValueError(
+                f"{child} is compiled by itself, and its code would stay: "
+                "replace it before torch.compile"
+            )
 
 
 def _answer(rule: Callable, name: str, module: Module) -> Module:

@@ -11,6 +11,7 @@ import weakref
 import numpy
 import pytest
 import torch
+from devices import DEVICES
 from torch import nn
 from twins import FULL, LAYERS, TWINS, assert_same, outcome, over
 
@@ -495,9 +496,37 @@ def test_every_batch_norm_of_a_model_and_nothing_else():
     assert type(net[1]) is nn.GroupNorm
     assert net[3][2] is net[1]
     assert type(net[6]) is nn.GroupNorm
+    assert type(net[-1]) is nn.GroupNorm
     assert (net[-1].num_groups, net[-1].num_channels) == (2, 6)
     assert type(net[4]) is nn.InstanceNorm2d
     assert not any("running" in key for key in net.state_dict())
+
+
+def test_a_compiled_model_sees_its_group_norm():
+    net = small_net(nn).float()
+    compiled = torch.compile(net, backend="eager")
+    x = torch.randn(3, 2, 6, 6)
+    compiled(x)
+    convert.batch_norm_to_group_norm(compiled, 2)
+    assert type(net[1]) is nn.GroupNorm
+    assert_close(compiled(x), net(x))
+
+
+def test_what_is_compiled_by_itself_is_not_replaced_behind_its_code():
+    """A compiled layer keeps the code of the layer it was made of."""
+    layer = nn.BatchNorm2d(4)
+    net = nn.Sequential(
+        nn.BatchNorm2d(4), torch.compile(layer, backend="eager")
+    )
+    with pytest.raises(ValueError, match="replace it before"):
+        convert.batch_norm_to_group_norm(net, 2)
+    assert type(net[0]) is nn.BatchNorm2d
+    convert.from_torch(net)  # which leaves the objects what they are
+    assert type(layer) is normlib.BatchNorm2d
+    x = torch.randn(2, 4, 3, 3)
+    assert_close(
+        net[1](x), nn.functional.batch_norm(x, None, None, training=True)
+    )
 
 
 def test_an_optimizer_goes_on_with_the_group_norm():
@@ -789,9 +818,10 @@ def test_bfloat16_leaves_in_float32():
     assert {w.dtype for w in weights} == {numpy.dtype("float32")}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("library", [nn, normlib], ids=["torch", "normlib"])
-def test_layers_of_torch_go_to_keras_and_flax_too(library):
-    layer = library.BatchNorm2d(3, momentum=0.2, affine=False)
+def test_layers_of_torch_go_to_keras_and_flax_too(library, device):
+    layer = library.BatchNorm2d(3, momentum=0.2, affine=False, device=device)
     config, weights = convert.to_keras_batch_norm(layer)
     assert config["momentum"] == 0.8
     assert len(weights) == 2
