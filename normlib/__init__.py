@@ -7,10 +7,20 @@ Layers with the constructors, keys and errors of torch.nn:
 :class:`LayerNorm`, :class:`RMSNorm`. The same as functions:
 :mod:`normlib.functional`. The mathematics in NumPy, with the gradients by
 hand: :mod:`normlib.reference`. What torch.nn has not:
-:mod:`normlib.variants`.
+:mod:`normlib.variants`. Batch norm at test time: :mod:`normlib.inference`.
+From torch.nn and other libraries, and back: :mod:`normlib.convert`.
 """
 
-from normlib import axes, backends, functional, reference, stats, variants
+from normlib import (
+    axes,
+    backends,
+    convert,
+    functional,
+    inference,
+    reference,
+    stats,
+    variants,
+)
 from normlib.backends import use_backend
 from normlib.modules import (
     BatchNorm,
@@ -40,7 +50,9 @@ __all__ = [
     "RMSNorm",
     "axes",
     "backends",
+    "convert",
     "functional",
+    "inference",
     "reference",
     "stats",
     "use_backend",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from normlib.axes import channel_view, stat_axes
+from normlib.folding import fold_batch_norm, plan_folding
 from normlib.modules import BATCH_NORMS, BatchNorm
 from normlib.stats import Moments, Population
 from normlib.variants import (
@@ -30,7 +31,9 @@ from normlib.variants import (
 __all__ = [
     "FrozenBatchNorm",
     "adapt_batch_norm",
+    "fold_batch_norm",
     "freeze_batch_norm",
+    "plan_folding",
     "recalibrate_batch_norm",
 ]
 
