@@ -86,7 +86,8 @@ def considers(x: Tensor, norm: str, weight: Tensor | None) -> bool:
 
     Args:
         x: the input.
-        norm: a row of :data:`normlib.axes.TABLE`, or ``"evaluation"``.
+        norm: a row of :data:`normlib.axes.TABLE`, ``"evaluation"``, or
+            ``"normalize"`` for a view that may be any of them.
         weight: the scale, or None.
     """
     if _forced is not None:
