@@ -280,3 +280,25 @@ def test_adapted_it_uses_the_test_batch(image_model):
     with inference.adapt_batch_norm(image_model):
         assert_close(image_model(x).logits, expected)
     assert torch.equal(image_model(x).logits, before)
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "normlib"])
+def test_every_batch_norm_of_a_resnet_is_folded(library, layer_type, ours):
+    model = resnet(library, layer_type).eval()
+    if ours:
+        convert.from_torch(model)
+    folded = inference.fold_batch_norm(model)
+    assert not any(isinstance(m, BATCH_NORMS) for m in folded.modules())
+    x = images()
+    assert_close(folded(x).logits, model(x).logits, tolerance=1e-10)
+
+
+def test_recalibrated_frozen_and_folded_in_a_row(image_model):
+    x = images()
+    inference.recalibrate_batch_norm(image_model, [x])
+    expected = image_model(x).logits
+    inference.freeze_batch_norm(image_model)
+    assert_close(image_model(x).logits, expected)
+    folded = inference.fold_batch_norm(image_model)
+    assert_close(folded(x).logits, expected, tolerance=1e-10)
