@@ -17,6 +17,7 @@ from twins import FULL, LAYERS, TWINS, assert_same, outcome, over
 
 import normlib
 from normlib import convert
+from normlib.stats import ExponentialAverage, Moments
 from normlib.testing import assert_close
 
 RECORD = json.loads(
@@ -729,6 +730,18 @@ def test_a_layer_trains_on_as_it_would_have(library, case):
     kept = convert.decay_from_momentum(layer.momentum) ** 2 * start
     new = (variances(case, "after") - kept) * m / (m - 1)
     assert_close(layer.running_var, kept + new)
+
+
+@every_trainable
+def test_the_average_with_decay_is_the_one_they_keep(library, case):
+    """From another start, whose share is known."""
+    batches, _ = inputs(case)
+    fields = case.get("config") or case["fields"]
+    average = ExponentialAverage.with_decay(fields["momentum"])
+    for x in batches:
+        average.update(Moments.of(x.movedim(1, 0).flatten(1), [1]))
+    start = average.missing * (variances(case, "before") - 1)
+    assert_close(average.var.flatten() + start, variances(case, "after"))
 
 
 @every_layer
