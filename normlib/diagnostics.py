@@ -25,21 +25,18 @@ from normlib.stats import Moments
 
 
 class Walk(NamedTuple):
-    """What :func:`gradient_walk` met at each step size.
-
-    Attributes:
-        step_size: (S,), as asked for.
-        loss: (S,), at each point. Its range is the first reading.
-        grad_change: (S,), the distance of the gradient there from the
-            gradient at the start: the second reading.
-        beta: the largest ratio of that to the distance walked: the third.
-            NaN where nothing was walked; not finite where a gradient is not.
-    """
+    """What :func:`gradient_walk` met at each step size."""
 
     step_size: Tensor
+    """(S,), as asked for."""
     loss: Tensor
+    """(S,), at each point. Its range is the first reading."""
     grad_change: Tensor
+    """(S,), the distance of the gradient there from that at the start. It is
+    the second reading."""
     beta: float
+    """The largest ratio of that to the distance walked, the third reading.
+    NaN where nothing was walked; not finite where a gradient is not."""
 
 
 def gradient_walk(
@@ -94,19 +91,16 @@ def gradient_walk(
 
 
 class GradientShift(NamedTuple):
-    """How far the gradients of layers moved, by :func:`gradient_shift`.
-
-    Attributes:
-        layers: their names.
-        distance: (L,), the l2 norm of G - G'.
-        cosine: (L,), of the angle between G and G'. NaN where one is zero.
-        norm: (L,), the l2 norm of G, to which the distance compares.
-    """
+    """How far the gradients of layers moved, by :func:`gradient_shift`."""
 
     layers: tuple[str, ...]
+    """Their names."""
     distance: Tensor
+    """(L,), the l2 norm of G - G'."""
     cosine: Tensor
+    """(L,), of the angle between G and G'. NaN where one is zero."""
     norm: Tensor
+    """(L,), the l2 norm of G, to which the distance compares."""
 
 
 def gradient_shift(
@@ -176,21 +170,19 @@ class DistributionShift(NamedTuple):
     """How far the inputs of layers moved, by :func:`distribution_shift`.
 
     Each has one tensor for each layer, which has one number for each unit.
-
-    Attributes:
-        layers: their names.
-        mean: present mean minus earlier mean.
-        std: the same of the standard deviations.
-        wasserstein: the Wasserstein-1 distance of the two distributions.
-        scale: the earlier standard deviation, to which all compare. It is 0
-            for a unit that is always the same, such as a dead one.
     """
 
     layers: tuple[str, ...]
+    """Their names."""
     mean: tuple[Tensor, ...]
+    """Present mean minus earlier mean."""
     std: tuple[Tensor, ...]
+    """The same of the standard deviations."""
     wasserstein: tuple[Tensor, ...]
+    """The Wasserstein-1 distance of the two distributions."""
     scale: tuple[Tensor, ...]
+    """The earlier standard deviation, to which all compare. It is 0 for a unit
+    that is always the same, such as a dead one."""
 
 
 def distribution_shift(
@@ -245,30 +237,26 @@ def distribution_shift(
 class Profile(NamedTuple):
     """A network layer by layer, in the order of the calls.
 
-    A layer that is called twice has two rows. Attributes have one entry for
-    each row.
-
-    Attributes:
-        layers: names of the modules.
-        kinds: their classes.
-        mean: (L,), of all values of the output.
-        std: (L,), their standard deviation.
-        flat: (L,), the share of values at which an activation function has
-            a slope of less than 0.05: a dead ReLU, a saturated sigmoid. NaN
-            for what is no activation function of torch.nn.
-        gradient: (L,), the l2 norm of the loss's gradient with respect to the
-            output. NaN where there is none.
-        weight_gradient: (L,), the same with respect to the layer's own
-            parameters.
+    One entry for each call: a layer that is called twice has two.
     """
 
     layers: tuple[str, ...]
+    """Names of the modules."""
     kinds: tuple[str, ...]
+    """Their classes."""
     mean: Tensor
+    """(L,), of all values of the output."""
     std: Tensor
+    """(L,), their standard deviation."""
     flat: Tensor
+    """(L,), the share of values at which an activation function has a slope of
+    less than 0.05, as a dead ReLU has, or a saturated sigmoid. NaN for what
+    is no activation function of torch.nn."""
     gradient: Tensor
+    """(L,), the l2 norm of the loss's gradient with respect to the output. NaN
+    where there is none."""
     weight_gradient: Tensor
+    """(L,), the same with respect to the layer's own parameters."""
 
 
 def layer_profile(
@@ -317,19 +305,16 @@ class ScaleInvariance(NamedTuple):
     """How far parameters are from scale invariance; 0 is invariant.
 
     One entry for each tensor of parameters.
-
-    Attributes:
-        names: of the parameters.
-        cosine: (P,), of the angle between w and the gradient; 0 where either
-            is zero.
-        gradient: (P,), ``|c * grad(c * w) - grad(w)| / |grad(w)|``.
-        loss: (P,), ``|L(c * w) - L(w)| / |L(w)|``.
     """
 
     names: tuple[str, ...]
+    """Of the parameters."""
     cosine: Tensor
+    """(P,), of the angle between w and the gradient; 0 where one is zero."""
     gradient: Tensor
+    """(P,), ``|c * grad(c * w) - grad(w)| / |grad(w)|``."""
     loss: Tensor
+    """(P,), ``|L(c * w) - L(w)| / |L(w)|``."""
 
     def invariant(self, tolerance: float = 1e-3) -> tuple[str, ...]:
         """Names of the parameters whose three numbers are all within it.
@@ -401,23 +386,20 @@ class GradientNoise(NamedTuple):
     """How the gradient of a mini-batch scatters, by :func:`gradient_noise`.
 
     One entry for each batch size B.
-
-    Attributes:
-        batch_size: (S,).
-        variance: (S,), the mean square distance of a mini-batch's gradient g
-            from its expectation, ``E|g - E g|^2``. Where the examples do not
-            see each other it is the trace of the covariance of one example's
-            gradient, over B.
-        square: (S,), ``|E g|^2``. Batch norm changes it with B, too.
-        scale: (S,), ``B * variance / square``, the simple noise scale: the
-            batch size at which noise and signal are alike. Infinite where
-            the draws do not tell the signal from zero.
     """
 
     batch_size: Tensor
+    """(S,)."""
     variance: Tensor
+    """(S,), the mean square distance of a mini-batch's gradient g from its
+    expectation, ``E|g - E g|^2``. Where the examples do not see each other it
+    is the trace of the covariance of one example's gradient, over B."""
     square: Tensor
+    """(S,), ``|E g|^2``. Batch norm changes it with B, too."""
     scale: Tensor
+    """(S,), ``B * variance / square``, the simple noise scale. It is the batch
+    size at which noise and signal are alike, and infinite where the draws do
+    not tell the signal from zero."""
 
 
 def gradient_noise(

@@ -222,6 +222,27 @@ def test_every_variant_trains_in_bfloat16(variant):
     assert first[0] == pytest.approx(first[1], rel=0.1)
 
 
+def test_where_no_graph_can_be_recorded_the_steps_are_taken_one_by_one(
+    monkeypatch, capsys
+):
+    class Broken:
+        def __init__(self, model, *args):
+            torch.nn.init.zeros_(model.weight)
+            raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(reproduce, "Graph", Broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    step = reproduce.stepper(
+        model, lambda index: model(index).sum(), 0.5, None, graph=True
+    )
+    assert torch.equal(model.weight, before)
+    assert "no CUDA graph: not permitted" in capsys.readouterr().out
+    step(torch.ones(2))
+    assert torch.equal(model.weight, before - 0.5)
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize("variant", reproduce.NORMS)
 def test_a_graph_takes_the_same_steps(variant, device):
