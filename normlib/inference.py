@@ -130,12 +130,12 @@ def adapt_batch_norm(
 
 
 def freeze_batch_norm(model: nn.Module, *, affine: bool = True) -> nn.Module:
-    """Replace batch norm by layers that stay in evaluation mode.
+    """Make batch norm stay in evaluation mode, whatever the model is put in.
 
-    They use the running statistics in training too, and do not move them:
+    It uses the running statistics in training too, and does not move them:
     for fine-tuning with small batches, or with the statistics of an earlier
-    data set. They hold the same parameters and buffers, so keys and
-    optimizers go on as before.
+    data set. Each layer becomes a :class:`FrozenBatchNorm` and is otherwise
+    the same object, with its parameters, buffers and hooks.
 
     Args:
         model: changed in place.
@@ -143,26 +143,24 @@ def freeze_batch_norm(model: nn.Module, *, affine: bool = True) -> nn.Module:
             gradient.
 
     Returns:
-        The model; the frozen layer, where it is itself one of batch norm.
+        The model.
 
     Raises:
-        TypeError: a layer is of a subclass with a forward of its own, or has
-            hooks. Then nothing has changed.
+        TypeError: a layer is of a subclass with a forward of its own, or
+            parametrized. Then nothing has changed.
         ValueError: no layer of batch norm with running statistics.
 
     Chapter 4.
     """
     layers = _tracking(model)
-    frozen = {layer: _frozen(name, layer) for layer, name in layers.items()}
-    if affine:
-        for layer in frozen.values():
-            for parameter in layer.parameters():
-                parameter.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in frozen:
-                parent._modules[name] = frozen[child]
-    return frozen.get(model, model)
+    for layer, name in layers.items():
+        _check_plain(name, layer)
+    for layer in layers:
+        layer.__class__ = FrozenBatchNorm
+        layer.eval()
+        if affine:
+            layer.requires_grad_(False)
+    return model
 
 
 class FrozenBatchNorm(BatchNorm):
@@ -183,21 +181,13 @@ class FrozenBatchNorm(BatchNorm):
         return super().train(False)
 
 
-def _frozen(name: str, layer: nn.Module) -> FrozenBatchNorm:
-    plain = type(layer).forward in _FORWARDS and not is_parametrized(layer)
-    if not plain or layer._forward_hooks or layer._forward_pre_hooks:
+def _check_plain(name: str, layer: nn.Module) -> None:
+    if type(layer).forward not in _FORWARDS or is_parametrized(layer):
         raise TypeError(
             f"cannot freeze layer {name!r}, a {_class(layer)}: only layers "
-            "with the forward of normlib's or torch.nn's batch norm, without "
-            "hooks and parametrizations, can be replaced"
+            "with the forward of normlib's or torch.nn's batch norm, and "
+            "without parametrizations, can be frozen"
         )
-    frozen = FrozenBatchNorm(
-        *(layer.num_features, layer.eps, layer.momentum, layer.affine),
-        device="meta",
-    )
-    frozen._parameters.update(layer._parameters)
-    frozen._buffers.update(layer._buffers)
-    return frozen
 
 
 def _tracking(model: nn.Module) -> dict[nn.Module, str]:

@@ -421,17 +421,20 @@ def test_a_frozen_model_trains_without_its_batch_norm(library):
     assert not torch.equal(model[0].weight, expected[0].weight)
 
 
-def test_frozen_layers_share_what_they_replace():
-    model = network(torch.nn)
-    weight, buffer = model[1].weight, model[1].running_mean
-    assert model[2].shared is not model[3][0].shared
-    model.again = model[2]  # a second name for one block
+@LIBRARIES
+def test_a_frozen_layer_is_the_same_object_with_its_hooks(library):
+    model = network(library)
+    layer, weight = model[1], model[1].weight
+    seen = []
+    layer.register_forward_hook(lambda *args: seen.append(args))
+    model[4].again = model[2]  # a second name for one block
     freeze_batch_norm(model, affine=False)
-    assert model[1].weight is weight
-    assert model[1].running_mean is buffer
+    assert model[1] is layer
+    assert layer.weight is weight
     assert weight.requires_grad
-    assert model.again.shared is model[2].shared
-    assert isinstance(model.again.shared, FrozenBatchNorm)
+    assert isinstance(model[4].again.shared, FrozenBatchNorm)
+    model(image_batches(2)[0])
+    assert len(seen) == 1
 
 
 def test_a_frozen_layer_stays_so_through_copies_and_pickles():
@@ -441,7 +444,8 @@ def test_a_frozen_layer_stays_so_through_copies_and_pickles():
         assert not twin[1].training
         assert not twin[1].weight.requires_grad
     assert freeze_batch_norm(model)[1].training is False  # again
-    assert isinstance(freeze_batch_norm(normlib.BatchNorm1d(3)), nn.Module)
+    alone = normlib.BatchNorm1d(3)
+    assert freeze_batch_norm(alone) is alone
     frozen = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = image_batches(4)[0]
     model.eval()
@@ -453,8 +457,6 @@ def test_what_cannot_be_frozen_is_named_and_nothing_changes():
         def forward(self, x):
             return super().forward(x).relu()
 
-    hooked = network()
-    hooked[6].register_forward_hook(lambda *a: None)
     subclass = network()
     subclass[3][0].shared = Activated(4)
     parametrized = network()
@@ -462,7 +464,6 @@ def test_what_cannot_be_frozen_is_named_and_nothing_changes():
         parametrized[1], "weight", nn.Identity()
     )
     for model, name in (
-        (hooked, "'6', a BatchNorm1d"),
         (subclass, "'3.0.shared', a Activated"),
         (parametrized, "'1', a ParametrizedBatchNorm2d"),
     ):
@@ -489,3 +490,15 @@ def test_a_subclass_with_its_own_forward_is_recalibrated():
 def test_everything_public_is_listed():
     for name in inference.__all__:
         assert getattr(inference, name).__doc__.rstrip().endswith("4.")
+
+
+def test_frozen_layers_can_be_folded_recalibrated_and_adapted():
+    model = freeze_batch_norm(network(torch.nn)).eval()
+    x = image_batches(8)[0]
+    with adapt_batch_norm(model, [x]):
+        adapted = model(x)
+    recalibrate_batch_norm(model, [x])
+    assert_close(model(x), adapted)
+    folded = inference.fold_batch_norm(model)
+    assert not any(isinstance(m, FrozenBatchNorm) for m in folded.modules())
+    assert_close(folded(x), adapted, tolerance=1e-5)
