@@ -121,9 +121,10 @@ def test_another_address_replaces_every_form_of_the_old_one():
     assert "c.github.io/d" in moved
 
 
-def test_the_example_of_the_readme_runs():
+def test_the_examples_of_the_readme_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
     assert names["mean"].shape == (16,)
+    assert "Folded" in repr(names["served"])
