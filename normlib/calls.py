@@ -272,23 +272,28 @@ class _Tracer(fx.Tracer):
         return run, args
 
     def call_module(self, m, forward, args, kwargs):
-        """A node for a step; the others run."""
-        if not self.depth and m in self.submodule_paths:
+        """A node for a step; the others run.
+
+        What a forward puts together itself, such as a slice of a Sequential,
+        is a part of that forward.
+        """
+        part = m in self.submodule_paths
+        if part and not self.depth:
             self.reached.append(m)
         if m in self.steps:
             path = self.path_of_module(m)
             proxy = self.create_proxy("call_module", path, args, kwargs)
             self.made[proxy.node] = Call(self.names[m])
             return proxy
-        self.depth += 1
+        self.depth += part
         try:
             return forward(*args, **kwargs)
         except Exception:
-            if self.failed is None and m in self.submodule_paths:
+            if part and self.failed is None:
                 self.failed = m
             raise
         finally:
-            self.depth -= 1
+            self.depth -= part
 
     def to_bool(self, obj):
         """The next answer."""

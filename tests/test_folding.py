@@ -53,6 +53,7 @@ def assert_folded(model, *xs, left=0, example=None):
         if isinstance(module, normlib.modules.BATCH_NORMS)
     ]
     assert kept == list(plan.left)
+    assert not any(module.training for module in folded.modules())
     with torch.no_grad():
         for x in xs:
             assert_close(folded(x), model(x), tolerance=EXACT)
@@ -278,7 +279,7 @@ def test_a_layer_with_two_names_is_folded_under_both():
     model = net(forward)
     model.again = nn.ModuleList([model.conv1, model.norm1])
     del model.conv2, model.norm2
-    folded, _ = assert_folded(model, X)
+    folded, _ = assert_folded(model.eval(), X)
     assert folded.again[0] is folded.conv1
     assert folded.again[1] is folded.norm1
 
@@ -328,7 +329,7 @@ def test_an_optional_argument_that_a_model_leaves_out_is_none():
 
 STEPS = st.tuples(
     st.sampled_from(["conv", "norm", "norm", "relu", "add"]),
-    st.integers(0, 2),  # which of three layers
+    st.integers(0, 1),  # which of two layers
     st.integers(1, 2),  # on the last value, or the one before
 )
 
@@ -350,8 +351,8 @@ def test_whatever_a_model_does_it_goes_on_doing(steps, example):
                 values.append(getattr(self, kind)[which](y))
         return values[-1]
 
-    convs = nn.ModuleList(nn.Conv1d(2, 2, 1) for _ in range(3))
-    norms = nn.ModuleList(nn.BatchNorm1d(2) for _ in range(3))
+    convs = nn.ModuleList(nn.Conv1d(2, 2, 1) for _ in range(2))
+    norms = nn.ModuleList(nn.BatchNorm1d(2) for _ in range(2))
     model = settled(Net(forward, conv=convs, norm=norms))
     x = draw(2, 2, 3)
     folded = fold_batch_norm(model, x if example else None)
@@ -425,6 +426,9 @@ REASONS = {
     ),
     "it is called nowhere that was looked at": lambda self, x: self.conv1(x),
     "'conv1' also": elsewhere,
+    "from 'conv1' (Conv2d) and from the input x": lambda self, x: (
+        self.norm1(self.conv1(x)) + self.norm1(x)
+    ),
     "from 'conv1' (Conv2d) and from 'conv2' (Conv2d)": one_of_two,
     "to the output": shown,
 }
@@ -434,6 +438,20 @@ REASONS = {
 def test_what_is_left_is_named_with_its_reason(said, forward):
     plan = plan_folding(net(forward, act=nn.ReLU()))
     assert said in plan.left["norm1"]
+
+
+@pytest.mark.parametrize(
+    "forward", [f for f in REASONS.values() if f not in (one_of_two, shown)]
+)
+def test_it_is_also_left_where_only_a_run_can_tell(forward):
+    def untraceable(self, x):
+        assert range(len(x))
+        return forward(self, x)
+
+    model = net(untraceable, act=nn.ReLU())
+    assert "cannot be traced" in plan_folding(model).left["norm1"]
+    reason = plan_folding(model, X).left["norm1"]
+    assert "cannot be traced" not in reason
 
 
 def pair():
@@ -643,6 +661,20 @@ def test_a_part_that_an_untraceable_model_uses_itself_is_left():
     assert "may be called by the model" in plan.left["block.1"]
     example = plan_folding(untraceable(forward), X)
     assert "also goes to add()" in example.left["block.1"]
+
+
+def test_a_slice_of_a_model_is_put_together_by_its_user():
+    def forward(self, x):
+        y = self.block[:1](x)
+        y = y + self.block[1:](y)
+        return y * nn.Sequential(Choosy(4, 4, 1)).double()(x).mean()
+
+    assert "also goes to add()" in left(untraceable_block(forward), X)
+    assert "may be called by the model" in left(untraceable_block(forward))
+
+
+def untraceable_block(forward):
+    return settled(Net(forward, block=pair()))
 
 
 def test_a_layer_that_an_untraceable_model_holds_is_left():
