@@ -156,7 +156,7 @@ def gradient_shift(
     rows = []
     for own in _progress(owned, "gradient shift"):
         front = names[: names.index(own[0])]
-        mixed = old | {n: now[n] for n in front if n not in own}
+        mixed = old | {n: now[n] for n in front}
         _, then = _gradient(model, loss_fn, batch, mixed, own)
         product = sum((start[n] * then[n]).double().sum().item() for n in own)
         norms = [_norm(g[n] for n in own) for g in (start, then)]

@@ -103,6 +103,25 @@ def test_a_walk_moves_the_named_parameters_only():
     assert walk.beta == pytest.approx((there - g).norm() / (0.3 * g.norm()))
 
 
+def test_one_can_walk_uphill_too():
+    model = Quadratic([1.0, -2.0], [0.7, 0.7])
+    walk = diagnostics.gradient_walk(model, itself, ONE, [-0.1])
+    assert walk.loss > model(ONE)
+    assert walk.beta == pytest.approx(0.7)
+
+
+def test_a_parameter_that_is_not_used_has_no_gradient():
+    model = network()
+    model.spare = nn.Linear(2, 2).double()
+    model.forward = lambda x: model[:7](x)
+    walk = diagnostics.gradient_walk(
+        model, cross_entropy, BATCH, [0.3], names=["spare.weight"]
+    )
+    assert walk.grad_change == 0
+    told = diagnostics.scale_invariance(model, cross_entropy, BATCH)
+    assert "spare.weight" in told.invariant()
+
+
 def test_no_walk_no_beta():
     model = Quadratic([1.0], [2.0])
     for sizes in ([], [0.0]):
