@@ -47,6 +47,8 @@ class Row(NamedTuple):
     last: bool = False
     """Whether x has its channels last."""
     training: bool = True
+    compiled: bool = False
+    """Whether torch.compile of the formula is timed beside it, on a GPU."""
 
     @property
     def norm(self):
@@ -154,6 +156,37 @@ ROWS = [
     Row("RMSNorm", (65536, 64), "queries and keys, one head"),
     Row("RMSNorm", (1, 512), "one token"),
 ]
+LANGUAGE = [(2048, 768), (8192, 1024), (4096, 4096), (16384, 8192)]
+"""Tokens by hidden units."""
+
+GPU_ROWS = [
+    *(
+        Row(layer, shape, "a language model", compiled=shape[1] > 768)
+        for layer in ("LayerNorm", "RMSNorm")
+        for shape in (*LANGUAGE, (2048, 16384))
+    ),
+    Row("LayerNorm", (256, 100_000), "rows longer than a tile"),
+    Row("RMSNorm", (131072, 128), "queries and keys"),
+    Row("LayerNorm", (16, 128), "one small batch of tokens"),
+    Row("BatchNorm2d", (8, 32, 112, 112), "a first stage"),
+    Row("BatchNorm2d", (64, 256, 28, 28), "as on the CPU"),
+    Row("BatchNorm2d", (256, 64, 56, 56), "large", compiled=True),
+    Row("BatchNorm2d", (256, 512, 7, 7), "a last stage, 49 positions"),
+    Row("BatchNorm2d", (64, 16, 8, 8), "a small network on digits"),
+    Row("BatchNorm2d", (256, 64, 56, 56), "channels last", last=True),
+    Row("BatchNorm2d", (256, 512, 7, 7), "channels last", last=True),
+    Row("BatchNorm2d", (256, 64, 56, 56), "inference", training=False),
+    Row("BatchNorm1d", (16384, 4096), "a wide dense layer"),
+    Row("InstanceNorm2d", (32, 64, 112, 112), "style transfer", AFFINE),
+    Row("InstanceNorm2d", (64, 256, 14, 14), "short rows", AFFINE),
+    Row("InstanceNorm2d", (32, 64, 56, 56), "last", AFFINE, last=True),
+    Row("GroupNorm", (16, 320, 64, 64), "diffusion U-Net", groups(32)),
+    Row("GroupNorm", (4, 512, 128, 128), "rows too long", groups(32)),
+    Row("GroupNorm", (64, 256, 28, 28), "ResNet", groups(32), compiled=True),
+    Row("GroupNorm", (64, 256, 28, 28), "last", groups(32), last=True),
+]
+"""What is measured on a GPU: more of everything, and what it is used for."""
+
 QUICK = [
     Row("BatchNorm2d", (4, 6, 5, 5), "a backend and torch.nn both serve"),
     Row("GroupNorm", (2, 6, 4, 4), "channels last", groups(3), True),
@@ -215,6 +248,29 @@ class Call:
         return y, *grads
 
 
+class Compiled(Call):
+    """torch.compile's kernel of the plain formula; no running statistics."""
+
+    def __init__(self, row, x, dy):
+        super().__init__(row, normlib, x, dy)
+        kind = axes.TABLE[row.norm]
+        eps = self.layer.eps
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        view = row._replace(shape=tuple(x.shape)).view
+
+        def formula(x, weight, bias):
+            return backends.eager.normalize(
+                *(x, view, weight, bias, eps),
+                over_batch=kind.over_batch,
+                centered=kind.centered,
+            )[0]
+
+        compiled = torch.compile(formula, dynamic=False)
+        weight = self.layer.weight
+        bias = getattr(self.layer, "bias", None)
+        self.layer = lambda x: compiled(x, weight, bias)
+
+
 def data(row, dtype, device, mean=0.0, limit=math.inf):
     """x, which requires a gradient, and dy; at most ``limit`` values."""
     first = max(2, int(row.shape[0] * min(1, limit / row.elements)))
@@ -227,8 +283,8 @@ def data(row, dtype, device, mean=0.0, limit=math.inf):
     return x.requires_grad_(), dy
 
 
-def calls(row, x, dy):
-    """torch.nn's layer, normlib's, and normlib's by each backend."""
+def calls(row, x, dy, compiled=False):
+    """torch.nn's layer, normlib's, normlib's by each backend, compiled."""
     found = {
         "torch": Call(row, torch.nn, x, dy),
         "normlib": Call(row, normlib, x, dy),
@@ -237,6 +293,8 @@ def calls(row, x, dy):
         call = Call(row, normlib, x, dy, name)
         if call.serves():
             found[name] = call
+    if compiled and row.compiled and x.is_cuda and x.dtype != torch.float16:
+        found["compiled"] = Compiled(row, x, dy)
     return found
 
 
@@ -412,7 +470,7 @@ def copy_speed(device, size=2**26):
 def measure(row, dtype, device, copy, budget):
     """The lines of the record for a row: forward, then both passes."""
     x, dy = data(row, dtype, device)
-    each = calls(row, x, dy)
+    each = calls(row, x, dy, compiled=True)
     memory = {name: peak(call, device) for name, call in each.items()}
     lines = []
     for backward in (False, True):
@@ -460,11 +518,10 @@ def percentiles(samples):
 # Judge
 
 
-def judge(lines, checks):
-    """A line for each goal: whether it is met, by which number, where.
-
-    The goals are the CPU's. On another device they say how far it is.
-    """
+def judge(lines, checks, device="cpu"):
+    """A line for each goal: whether it is met, by which number, where."""
+    if device == "cuda":
+        return judge_gpu(lines, checks)
     large = [
         t
         for t in lines
@@ -508,6 +565,40 @@ def judge(lines, checks):
     ]
 
 
+SMALL_BYTES, LARGE_BYTES = 2**20, 2**26
+
+
+def judge_gpu(lines, checks):
+    """The goals of a GPU: as fast as its memory, and never behind."""
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+    def nbytes(line):
+        return line["elements"] * width[line["dtype"]]
+
+    large = [t for t in lines if nbytes(t) >= LARGE_BYTES]
+    small = [t for t in lines if nbytes(t) < SMALL_BYTES]
+    rest = [t for t in lines if nbytes(t) >= SMALL_BYTES]
+    return [
+        least("share of a copy's speed, from 64 MB on", large, share, 0.9),
+        least("against the best of the others, from 1 MB on", rest, lead, 1.0),
+        ratio("against torch.nn, below 1 MB", small, 0.95),
+        most("error, as a share of torch.nn's", checks, worst, 1.02),
+    ]
+
+
+def share(line):
+    """How near normlib comes to the speed of a plain copy."""
+    return line["results"]["normlib"]["share"]
+
+
+def lead(line):
+    """The best time of torch.nn and torch.compile by normlib's."""
+    results = line["results"]
+    others = [results[k] for k in ("torch", "compiled") if k in results]
+    best = min(told["ms"][1] for told in others)
+    return best / results["normlib"]["ms"][1]
+
+
 def goal(name, bound, found, met):
     """What is kept of a goal: found is (number, where), or None."""
     number, where = found or (None, None)
@@ -522,7 +613,14 @@ def goal(name, bound, found, met):
 
 def ratio(name, lines, bound):
     """Whether no ratio to torch.nn is under the bound."""
-    found = [(t["results"]["normlib"]["ratio"], where(t)) for t in lines]
+    return least(
+        name, lines, lambda t: t["results"]["normlib"]["ratio"], bound
+    )
+
+
+def least(name, lines, number, bound):
+    """Whether no number is under the bound."""
+    found = [(number(t), where(t)) for t in lines]
     lowest = min(found, default=None)
     return goal(name, bound, lowest, lowest is None or lowest[0] >= bound)
 
@@ -605,11 +703,11 @@ def verdict(told):
     )
 
 
-def pin():
+def pin(command="benchmarks.speed"):
     """Start again with the allocator pinned, unless it is."""
     if any(os.environ.get(name) != value for name, value in PINNED.items()):
         os.environ.update(PINNED)
-        again = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
+        again = [sys.executable, "-m", command, *sys.argv[1:]]
         os.execv(sys.executable, again)
 
 
@@ -630,13 +728,14 @@ def main():
         pin()
     else:
         FLUSH[:] = [torch.empty(2**28, dtype=torch.int8, device=device)]
-    rows = QUICK if options.quick else ROWS
+    rows = GPU_ROWS if device == "cuda" else ROWS
+    rows = QUICK if options.quick else rows
     rows = [row for row in rows if options.only in row.title]
     dtypes = [torch.float32, torch.bfloat16]
     dtypes += [torch.float16] if device == "cuda" else []
     about = provenance("benchmarks.speed", device, options.commit)
     copy = copy_speed(device, 2**16 if options.quick else 2**26)
-    budget = 0.0 if options.quick else 1.0
+    budget = {"cpu": 1.0, "cuda": 0.6}[device] * (not options.quick)
     checks, lines = [], []
     for dtype in dtypes:
         print(f"normlib: validating {short(dtype)}", flush=True)
@@ -650,11 +749,12 @@ def main():
             for line in measure(row, dtype, device, copy, budget):
                 lines.append(line)
                 print(shown(line), flush=True)
+            torch.compiler.reset()
     record = {
         "provenance": about,
         "allocator": {name: os.environ.get(name) for name in PINNED},
         "copy_gbs": round(copy / 1e9, 2),
-        "goals": judge(lines, checks),
+        "goals": judge(lines, checks, device),
         "speed": lines,
         "checks": checks,
     }

@@ -9,7 +9,9 @@ import torch
 from benchmarks import speed
 
 
-@pytest.mark.parametrize("row", speed.ROWS, ids=lambda row: row.title)
+@pytest.mark.parametrize(
+    "row", {*speed.ROWS, *speed.GPU_ROWS}, ids=lambda row: row.title
+)
 def test_each_row_is_served_by_both_libraries(row):
     """On a slice of it: shapes, layout, parameters and the exact values."""
     x, dy = speed.data(row, torch.float32, "cpu", limit=2**10)
@@ -21,8 +23,9 @@ def test_each_row_is_served_by_both_libraries(row):
 
 
 def test_rows_are_not_repeated():
-    titles = [row.title for row in speed.ROWS]
-    assert len(set(titles)) == len(titles)
+    for rows in (speed.ROWS, speed.GPU_ROWS):
+        titles = [row.title for row in rows]
+        assert len(set(titles)) == len(titles)
 
 
 def test_errors_are_a_share_of_the_largest_value():
@@ -81,8 +84,8 @@ def line(layer, ours, torchs, **changed):
     }
 
 
-def judged(*lines, checks=()):
-    goals = speed.judge(list(lines), list(checks))
+def judged(*lines, checks=(), device="cpu"):
+    goals = speed.judge(list(lines), list(checks), device)
     return {g["goal"].split(",")[0]: g for g in goals}
 
 
@@ -136,6 +139,32 @@ def test_memory_and_errors_are_judged_against_torchs():
     assert not goals["memory"]["met"]
     assert goals["error"]["number"] == 1.5
     assert not goals["error"]["met"]
+
+
+def test_a_gpu_is_judged_by_its_memory_and_by_the_best_of_the_others():
+    large = line("LayerNorm", 1.0, 1.5, elements=2**24)
+    results = large["results"]
+    results["normlib"]["share"] = 0.8
+    results["compiled"] = {"ms": [0.9] * 3, "ratio": 1.5 / 0.9}
+    tiny = line("RMSNorm", 1.0, 0.9, elements=2**10)
+    goals = judged(large, tiny, device="cuda")
+    share = goals["share of a copy's speed"]
+    assert (share["number"], share["met"]) == (0.8, False)
+    lead = goals["against the best of the others"]
+    assert (lead["number"], lead["met"]) == (0.9, False)
+    small = goals["against torch.nn"]
+    assert small["where"].startswith("RMSNorm")
+    assert not small["met"]
+
+
+def test_the_compiled_formula_is_the_layer(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    row = speed.Row("GroupNorm", (2, 6, 4, 4), "", speed.groups(3))
+    x, dy = speed.data(row, torch.float32, "cpu")
+    ours = speed.Compiled(row, x, dy).both()
+    theirs = speed.Call(row, torch.nn, x, dy).both()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_samples_are_taken_in_rounds_of_changing_order():
