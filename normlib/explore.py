@@ -802,9 +802,9 @@ class RunningAverage:
     def _messages(self) -> tuple[str, str]:
         start = self.weights()[0]
         said = (
-            "Still from the start, 0: " + _percent(start)
+            f"The start, 0, still makes up {_percent(start)} of it"
             if start
-            else "Nothing is left of the start"
+            else "The start makes up nothing of it"
         )
         return (
             f"After batch {self.step} the average is "
@@ -1064,9 +1064,9 @@ document.querySelectorAll(".normlib-running:not([data-ready])")
       estimates[t].toFixed(2) + "; the statistic is " +
       data.statistic[t].toFixed(2) + ".";
     part("below").textContent = (weights[0] ?
-      "Still from the start, 0: " + percent(left) :
-      "Nothing is left of the start") + ". The batches in the average are " +
-      age.toFixed(1) + " batches old, on average.";
+      "The start, 0, still makes up " + percent(left) + " of it" :
+      "The start makes up nothing of it") + ". The batches in the average " +
+      "are " + age.toFixed(1) + " batches old, on average.";
     part("momentum").textContent = String(m);
     part("decay").textContent = keep.toFixed(3).replace(/0+$/, "");
     part("batch").textContent = String(t);

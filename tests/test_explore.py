@@ -277,8 +277,8 @@ def test_the_running_average_is_drawn_and_told_without_a_script():
     numpy.testing.assert_allclose(heights, 58 * shares, atol=0.06)
     page = figure._repr_html_()
     assert "After batch 30 the average is 2.83; the statistic is 3.38" in page
-    assert "Still from the start, 0: 4.2 %" in page
-    assert "Nothing is left of the start" in running(debias=True)
+    assert "The start, 0, still makes up 4.2 % of it." in page
+    assert "The start makes up nothing of it." in running(debias=True)
     sliders = tags.all("input")
     assert [s["aria-valuetext"] for s in sliders] == ["0.1", "batch 30"]
     assert all(s["aria-label"] for s in sliders)
