@@ -556,7 +556,9 @@ def _gradient(
             raise ValueError(
                 f"the loss has shape {tuple(loss.shape)}, not one number"
             )
-        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        grads = [torch.zeros_like(leaf) for leaf in leaves]
+        if loss.requires_grad:  # else it depends on none of them
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return loss.item(), dict(zip(names, grads, strict=True))
 
 

@@ -317,6 +317,7 @@ def test_a_profile_has_the_statistics_of_each_output():
         (nn.Tanh(), [0.0, 2.0, 3.0, -3.0], 1 / 2),
         (nn.Tanh(), [0.0, 2.0, 1.0, -3.0], 1 / 4),
         (nn.SiLU(inplace=True), [-30.0, -20.0, 1.0, 2.0], 1 / 2),
+        (nn.SiLU(), [-30.0, -2.4, 1.0, 2.0], 1 / 4),  # it falls at -2.4
         (nn.Softmax(1), [1.0, 2.0, 3.0, 4.0], math.nan),
     ],
     ids=repr,
