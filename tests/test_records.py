@@ -82,8 +82,40 @@ def assert_record(record):
         assert_chapters(record)
     elif "runs" in record:
         assert_reproduced(record)
+    elif "folding" in record:
+        assert_folding(record)
     else:
         assert_speed(record)
+
+
+FOLDING = {
+    "title": str,
+    "widths": list,
+    "blocks": int,
+    "shape": list,
+    "dtype": str,
+    "parameters": int,
+    "batch_norms": int,
+    "samples": int,
+    "results": dict,
+    "difference": dict,
+}
+
+
+def assert_folding(record):
+    assert set(record) == {"provenance", "allocator", "folding"}
+    assert record["folding"]
+    for line in record["folding"]:
+        assert_kinds(line, FOLDING)
+        assert line["batch_norms"] > 0
+        assert set(line["results"]) == {"torch", "normlib", "folded"}
+        for result in line["results"].values():
+            assert result["ms"] == sorted(result["ms"])
+            assert result["ms"][0] > 0
+            assert result["ratio"] > 0
+        for dtype, tolerance in folding.TOLERANCE.items():
+            name = speed.short(dtype)
+            assert line["difference"][name] <= tolerance
 
 
 def assert_chapters(record):
@@ -139,6 +171,7 @@ RUN = {
     "seed": int,
     "settings": dict,
     "seconds": float,
+    "layers": list,
     "diverged_at": int | None,
     "graph": bool,
     "loss": dict,
@@ -150,7 +183,7 @@ DEEP = {"landscape", "shift"}
 CLASSIFIER = {"step", "train_accuracy", "test_accuracy"}
 READINGS = {
     "vgg": CLASSIFIER | DEEP,
-    "deep-linear": {"step", "gradient_by_layer"} | DEEP,
+    "deep-linear": {"step"} | DEEP,
     "learning-rates": CLASSIFIER,
     "batch-sizes": CLASSIFIER,
 }
@@ -176,24 +209,25 @@ def assert_reproduced(record):
             assert None not in run["loss"]["mean"]
             assert run["marks"][-1]["step"] == steps
         for row in run["marks"]:
-            assert_readings(run["experiment"], row)
+            assert_readings(run, row)
     assert len(keys) == len(record["runs"])
 
 
-def assert_readings(experiment, row):
-    assert set(row) == READINGS[experiment]
-    if "landscape" in row:
-        walk = row["landscape"]
-        assert set(walk) == WALK
-        if None not in walk.values():
-            assert walk["loss_low"] <= walk["loss_high"]
-            assert walk["grad_change_low"] <= walk["grad_change_high"]
-        assert set(row["shift"]) == {"layers", *SHIFT}
-        count = len(row["shift"]["layers"])
-        assert all(len(row["shift"][key]) == count for key in SHIFT)
-        # Nothing lies in front of the first layer, and its input is the data.
-        assert row["shift"]["distance"][0] <= 1e-3 * row["shift"]["norm"][0]
-        assert row["shift"]["wasserstein"][0] == 0
+def assert_readings(run, row):
+    assert set(row) == READINGS[run["experiment"]]
+    if "landscape" not in row:
+        return
+    walk, shift = row["landscape"], row["shift"]
+    assert set(walk) == WALK
+    if None not in walk.values():
+        assert walk["loss_low"] <= walk["loss_high"]
+        assert walk["grad_change_low"] <= walk["grad_change_high"]
+    assert set(shift) == SHIFT
+    assert {len(told) for told in shift.values()} == {len(run["layers"])}
+    # Nothing lies in front of the first layer, and its input is the data.
+    if shift["norm"][0] is not None:
+        assert shift["distance"][0] <= 1e-3 * shift["norm"][0]
+    assert shift["wasserstein"][0] == 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -274,6 +308,23 @@ def test_a_trial_of_the_speed_leaves_a_complete_record(
     goals = speed.judge(record["speed"], record["checks"])
     assert record["goals"] == goals
     assert all(speed.verdict(goal) in shown for goal in goals)
+
+
+def test_a_trial_of_folding_leaves_a_complete_record(
+    tmp_path, monkeypatch, capsys
+):
+    for name, value in speed.PINNED.items():
+        monkeypatch.setenv(name, value)
+    told = ["folding", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", told)
+    folding.main()
+    (file,) = tmp_path.glob("folding-cpu-*.json")
+    record = json.loads(file.read_text())
+    assert_record(record)
+    shown = capsys.readouterr().out
+    assert all(line["title"] in shown for line in record["folding"])
+    batches = [line["shape"][0] for line in record["folding"]]
+    assert batches == list(folding.BATCHES)
 
 
 def record_page():
