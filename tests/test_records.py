@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from benchmarks import chapters, provenance, reproduce, speed
+from benchmarks import chapters, folding, provenance, reproduce, speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
