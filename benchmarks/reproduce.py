@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import normlib
@@ -67,7 +67,7 @@ FULL = {
         "examples": 1_000,
         "steps": 10_000,
         "lr": 1e-6,
-        "marks": 20,
+        "marks": 12,
         "reach": [0.01, 30.0],
     },
     "learning-rates": {
@@ -128,17 +128,13 @@ class Run(NamedTuple):
 
 def runs(scale) -> Iterator[Run]:
     """All runs, the most important first."""
-    seeds = range(scale["seeds"])
-    some = ("none", "batch norm", "noisy batch norm"), ("L1", "L2", "Linf")
-    for norms in some:
-        for seed, norm in itertools.product(seeds, norms):
-            yield Run("vgg", norm, seed, scale["vgg"])
-    for seed, norm in itertools.product(seeds, ("none", "batch norm", "L1")):
-        yield Run("deep-linear", norm, seed, scale["deep-linear"])
-    told = scale["learning-rates"]
+    yield from named("vgg", ("none", "batch norm", "noisy batch norm"), scale)
+    yield from named("deep-linear", ("none", "batch norm"), scale)
+    told, seeds = scale["learning-rates"], range(scale["seeds"])
     for seed, lr in itertools.product(seeds, told["lr"]):
         for norm in ("none", "batch norm"):
             yield Run("learning-rates", norm, seed, told | {"lr": lr})
+    yield from named("vgg", ("L1", "L2", "Linf"), scale)
     told = scale["batch-sizes"]
     for seed, size in itertools.product(seeds, told["batch_size"]):
         more = {
@@ -148,6 +144,13 @@ def runs(scale) -> Iterator[Run]:
         }
         for norm in ("batch norm", "group norm"):
             yield Run("batch-sizes", norm, seed, told | more)
+    yield from named("deep-linear", ("L1",), scale)
+
+
+def named(experiment, norms, scale) -> Iterator[Run]:
+    """Runs of an experiment that differ in norm and seed."""
+    for seed, norm in itertools.product(range(scale["seeds"]), norms):
+        yield Run(experiment, norm, seed, scale[experiment])
 
 
 # Data
@@ -215,7 +218,7 @@ def synthetic(train=2_000, test=500, seed=0) -> data.Split:
 
 
 def on_device(split, device) -> tuple[Images, Images]:
-    """Both parts, with the statistics of the training part."""
+    """Both parts, with the statistics of the first training images."""
     x, y, x_test, y_test = (
         torch.as_tensor(numpy.ascontiguousarray(part)).to(device)
         for part in split
@@ -354,7 +357,7 @@ def tell(line) -> None:
         print(f"\r\x1b[Knormlib: {line}", end="", file=sys.stderr, flush=True)
 
 
-def curve(losses, points=200) -> dict:
+def curve(losses, points=100) -> dict:
     """The mean loss of stretches of steps."""
     width = max(1, math.ceil(len(losses) / points))
     parts = [losses[i : i + width] for i in range(0, len(losses), width)]
@@ -368,14 +371,13 @@ def curve(losses, points=200) -> dict:
 def accuracy(model, images, count, lab) -> float:
     """Share of the first images classified correctly, in evaluation."""
     model.eval()
-    right = 0
-    for index in torch.arange(min(count, len(images.y))).split(1000):
-        index = index.to(lab.device)
+    right, count = 0, min(count, len(images.y))
+    for index in torch.arange(count, device=lab.device).split(1000):
         with lab.autocast():
             scores = model(images.batch(index))
         right += (scores.argmax(1) == images.y[index]).sum().item()
     model.train()
-    return right / min(count, len(images.y))
+    return right / count
 
 
 def landscape(model, loss_fn, batch, lr, reach) -> dict:
@@ -399,7 +401,6 @@ def covariate_shift(model, loss_fn, batch, lr) -> dict:
     gradient = diagnostics.gradient_shift(probe, loss_fn, batch, before)
     drift = diagnostics.distribution_shift(probe, batch, before)
     return {
-        "layers": list(gradient.layers),
         "distance": gradient.distance.tolist(),
         "cosine": gradient.cosine.tolist(),
         "norm": gradient.norm.tolist(),
@@ -428,11 +429,11 @@ def train_vgg(run, lab, deep) -> dict:
         lab: data and device.
         deep: whether to look at landscape and covariate shift, too.
     """
-    told, seed = run.settings, run.seed
-    model = models.vgg(told["model"], norm=NORMS[run.variant], seed=seed)
+    told, lr, rows = run.settings, run.settings["lr"], []
+    model = models.vgg(told["model"], norm=NORMS[run.variant], seed=run.seed)
     model.to(lab.device, memory_format=torch.channels_last)
     order = shuffled(
-        len(lab.train.y), told["batch_size"], told["steps"], seed
+        len(lab.train.y), told["batch_size"], told["steps"], run.seed
     ).to(lab.device)
 
     def loss_of(index):
@@ -440,29 +441,22 @@ def train_vgg(run, lab, deep) -> dict:
             scores = model(lab.train.batch(index))
         return cross_entropy(scores.float(), lab.train.y[index])
 
-    rows = []
-
     def look(t):
-        row = {
-            "step": t,
-            "train_accuracy": accuracy(
-                model, lab.train, told["accuracy_on"], lab
-            ),
-            "test_accuracy": accuracy(model, lab.test, 10**6, lab),
-        }
+        on_train = accuracy(model, lab.train, told["accuracy_on"], lab)
+        on_test = accuracy(model, lab.test, len(lab.test.y), lab)
+        rows.append(
+            {"step": t, "train_accuracy": on_train, "test_accuracy": on_test}
+        )
         if deep:
             index = order[t % len(order)]
             batch = lab.train.batch(index), lab.train.y[index]
-            lr = told["lr"]
-            row["landscape"] = landscape(
-                model, cross_entropy, batch, lr, told["reach"]
-            )
-            row["shift"] = covariate_shift(model, cross_entropy, batch, lr)
-        rows.append(row)
+            walk = landscape(model, cross_entropy, batch, lr, told["reach"])
+            shift = covariate_shift(model, cross_entropy, batch, lr)
+            rows[-1] |= {"landscape": walk, "shift": shift}
 
-    step = stepper(model, loss_of, told["lr"], order[0], lab.graph)
+    step = stepper(model, loss_of, lr, order[0], lab.graph)
     losses = descend(run, step, order, look)
-    return finished(losses, rows, step)
+    return finished(model, losses, rows, step)
 
 
 def squares(output, target) -> Tensor:
@@ -472,49 +466,39 @@ def squares(output, target) -> Tensor:
 
 def train_deep_linear(run, lab) -> dict:
     """A deep linear network, by gradient descent on all examples."""
-    told, seed = run.settings, run.seed
+    told, lr, rows = run.settings, run.settings["lr"], []
     model = models.deep_linear(
-        told["depth"], told["width"], norm=NORMS[run.variant], seed=seed
+        told["depth"], told["width"], norm=NORMS[run.variant], seed=run.seed
     ).to(lab.device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(run.seed)
     x, a = (
         torch.randn(n, told["width"], generator=generator).to(lab.device)
         for n in (told["examples"], told["width"])
     )
-    batch, rows, lr = (x, x @ a.T), [], told["lr"]
+    batch = x, x @ a.T
 
     def look(t):
-        profile = diagnostics.layer_profile(model, squares, batch)
-        weights = profile.weight_gradient
-        rows.append(
-            {
-                "step": t,
-                "landscape": landscape(
-                    model, squares, batch, lr, told["reach"]
-                ),
-                "shift": covariate_shift(model, squares, batch, lr),
-                "gradient_by_layer": [
-                    value
-                    for value, kind in zip(
-                        weights.tolist(), profile.kinds, strict=True
-                    )
-                    if kind == "Linear"
-                ],
-            }
-        )
+        walk = landscape(model, squares, batch, lr, told["reach"])
+        shift = covariate_shift(model, squares, batch, lr)
+        rows.append({"step": t, "landscape": walk, "shift": shift})
+
+    def loss_of(_):
+        return squares(model(batch[0]), batch[1])
 
     order = torch.zeros(told["steps"], 1, device=lab.device)
-    step = stepper(
-        *(model, lambda _: squares(model(batch[0]), batch[1]), lr),
-        *(order[0], lab.graph),
-    )
+    step = stepper(model, loss_of, lr, order[0], lab.graph)
     losses = descend(run, step, order, look)
-    return finished(losses, rows, step)
+    return finished(model, losses, rows, step)
 
 
-def finished(losses, rows, step) -> dict:
+def finished(model, losses, rows, step) -> dict:
     """What is kept of a run."""
     return {
+        "layers": [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+        ],
         "diverged_at": diverged_at(losses),
         "graph": isinstance(step, Graph),
         "loss": curve(losses),
@@ -534,13 +518,13 @@ def perform(run, lab) -> dict:
 
 
 def plain(value):
-    """As JSON has it: 5 digits, and null for what is not finite."""
+    """As JSON has it: 4 digits, and null for what is not finite."""
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
 
@@ -569,10 +553,13 @@ def begun(out, about, settings) -> tuple[pathlib.Path, dict]:
 
 
 def write(path, record) -> None:
-    """Write the record at once or not at all."""
+    """Write the record, a line for each run, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(record, indent=None) + "\n", "utf-8")
+    runs = ",\n".join(map(json.dumps, record["runs"]))
+    head = json.dumps({**record, "runs": []}, indent=1)
+    text = head.replace('"runs": []', f'"runs": [\n{runs}\n]')
+    draft.write_text(f"{text}\n", "utf-8")
     os.replace(draft, path)
 
 
