@@ -322,6 +322,43 @@ def test_the_cube_lights_what_shares_a_mean(visit):
     assert lit.count() == 4
 
 
+def test_the_running_average_follows_momentum_and_the_pointer(visit):
+    page = visit("chapters/04_test_time.html")
+    figure = page.locator(".normlib-running")
+    path, bars = figure.locator(".nr-past"), figure.locator(".nr-bars rect")
+    told, step = figure.locator(".nr-told"), figure.locator(".nr-step")
+    before, drawn = path.get_attribute("points"), bars.count()
+    written = told.inner_text()
+
+    # The script draws again what Python drew.
+    step.fill("31")
+    assert bars.count() == drawn + 1
+    step.fill("30")
+    assert path.get_attribute("points") == before
+    assert told.inner_text() == written
+
+    figure.get_by_role("button", name="0.01, Keras' default").click()
+    assert figure.locator(".nr-decay").inner_text() == "0.99"
+    assert "The start, 0, still makes up 74 % of it" in told.inner_text()
+    debias = figure.get_by_role("button", name="Take the start out")
+    debias.click()
+    assert debias.get_attribute("aria-pressed") == "true"
+    assert "The start makes up nothing of it" in told.inner_text()
+
+    picture = figure.locator("svg")
+    place = picture.bounding_box()
+    scale = place["width"] / 480
+    picture.click(position={"x": (26 + 5.5 * 60) * scale, "y": 40})
+    assert step.input_value() == "60"
+    assert "After batch 60" in told.inner_text()
+    step.press("ArrowLeft")
+    assert "After batch 59" in told.inner_text()
+
+    figure.get_by_role("button", name="Reset").click()
+    assert path.get_attribute("points") == before
+    assert told.inner_text() == written
+
+
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if n.startswith("chapters/")]
 )
