@@ -8,7 +8,13 @@ it) or returns. :func:`check` runs it and prints one line.
 from collections.abc import Callable
 from importlib import import_module
 
-_CHAPTERS = ("chapter_01", "chapter_02", "chapter_04", "chapter_05")
+_CHAPTERS = (
+    "chapter_01",
+    "chapter_02",
+    "chapter_04",
+    "chapter_05",
+    "chapter_09",
+)
 _exercises: dict[str, tuple[Callable, tuple[str, ...]]] = {}
 
 

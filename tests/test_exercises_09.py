@@ -1,0 +1,185 @@
+"""Each check of chapter 9 passes what is right and names what is wrong."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from normlib.exercises import check, passes
+
+
+def shifted(blocks):
+    """One pass, less the first value."""
+    shift, count, total, squares = None, 0, np.float32(0), np.float32(0)
+    for block in blocks:
+        if shift is None:
+            shift = block[0]
+        rest = block - shift
+        count += len(rest)
+        total += rest.sum()
+        squares += (rest * rest).sum()
+    mean = total / count
+    return shift + mean, squares / count - mean * mean
+
+
+def merged(blocks):
+    count, mean, var = 0, np.float32(0), np.float32(0)
+    for block in blocks:
+        share = len(block) / (count + len(block))
+        delta = block.mean() - mean
+        mean = mean + np.float32(share) * delta
+        var = (1 - share) * var + share * block.var()
+        var = var + share * (1 - share) * delta**2
+        count += len(block)
+    return mean, var
+
+
+def textbook(blocks):
+    count, total, squares = 0, np.float32(0), np.float32(0)
+    for block in blocks:
+        count += len(block)
+        total += block.sum()
+        squares += (block * block).sum()
+    mean = total / count
+    return mean, squares / count - mean * mean
+
+
+def clipped(blocks):
+    mean, var = textbook(blocks)
+    return mean, max(var, 0)
+
+
+def wide(blocks):
+    x = np.concatenate([b.astype(np.float64) for b in blocks])
+    return x.mean(), x.var()
+
+
+def averaged(blocks):
+    both = [(b.mean(), b.var()) for b in blocks]
+    return tuple(np.mean(both, axis=0))
+
+
+def powers(**bits):
+    bits = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53} | bits
+    return {name: 2.0 ** (p / 2) for name, p in bits.items()}
+
+
+def merge(between=True, skip=True, square=False):
+    def answer(count, mean, m2):
+        if skip:
+            count, mean, m2 = (v[count > 0] for v in (count, mean, m2))
+        share = (count / count.sum()).astype(np.float32)
+        start = np.float32(0) if square else mean[0]
+        away = mean - start
+        middle = (share * away).sum()
+        var = m2.sum() / count.sum()
+        if square:
+            var += (share * away**2).sum() - middle**2
+        elif between:
+            var += (share * (away - middle) ** 2).sum()
+        return start + middle, var
+
+    return answer
+
+
+def stall(keep=True, dtype=torch.bfloat16):
+    def answer(running, rest, new, momentum):
+        step = momentum * (new - running.float())
+        if keep:
+            step = step + rest.float()
+        wanted = running.float() + step
+        moved = wanted.to(dtype)
+        return moved, (wanted - moved.float()).bfloat16()
+
+    return answer
+
+
+RIGHT = {
+    "ch9-one-pass": shifted,
+    "ch9-offset": powers(),
+    "ch9-merge": merge(),
+    "ch9-stall": stall(),
+    "ch9-order": {0.0, 1.0, 2.0},
+}
+
+WRONG = {
+    "ch9-one-pass": {
+        "the textbook formula": textbook,
+        "clipped at 0": clipped,
+        "in float64": wide,
+        "average of the variances": averaged,
+        "the mean forgotten": lambda blocks: shifted(blocks)[1],
+    },
+    "ch9-offset": {
+        "1 / u": {name: value**2 for name, value in powers().items()},
+        "bfloat16 as float16": powers(bfloat16=11),
+        "one left open": powers() | {"float16": None},
+        "one missing": {"float32": 4096.0},
+        "a list": [45, 16, 4096, 9e7],
+        "negative": powers() | {"float32": -4096.0},
+    },
+    "ch9-merge": {
+        "within alone": merge(between=False),
+        "empty parts count": merge(skip=False),
+        "squares of the means": merge(square=True),
+        "one number": lambda *args: merge()(*args)[1],
+    },
+    "ch9-stall": {
+        "nothing kept": stall(keep=False),
+        "kept in float32": stall(dtype=torch.float32),
+        "the rest forgotten": lambda *args: stall()(*args)[0],
+    },
+    "ch9-order": {
+        "the right sum alone": {2.0},
+        "one too many": {0.0, 1.0, 2.0, 3.0},
+        "one missing": {0.0, 2.0},
+        "a number": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_right_answer_passes(name):
+    assert passes(name, RIGHT[name])
+
+
+def test_blocks_may_be_merged_in_place_of_shifted():
+    assert passes("ch9-one-pass", merged)
+
+
+def test_a_factor_of_two_is_right_enough():
+    rounded = {"float16": 50, "bfloat16": 16, "float32": 4e3, "float64": 1e8}
+    assert passes("ch9-offset", rounded)
+
+
+@pytest.mark.parametrize(
+    ("name", "slip"),
+    [(n, slip) for n, slips in WRONG.items() for slip in slips],
+)
+def test_a_typical_slip_is_found_and_named(name, slip, capsys):
+    assert not passes(name, WRONG[name][slip])
+    check(name, WRONG[name][slip])
+    verdict = capsys.readouterr().out
+    assert verdict.startswith(f"wrong: {name}: ")
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_there_are_two_hints(name, capsys):
+    check(name, None, hint=2)
+    assert "Hint 2 of 2" in capsys.readouterr().out
+
+
+def test_a_message_says_what_the_law_says_there(capsys):
+    check("ch9-offset", powers() | {"float32": 2.0**24})
+    message = capsys.readouterr().out
+    assert f"an error of {2.0**24:.2g}" in message
+    assert "float64" not in message
+
+
+def test_a_message_says_where_the_running_mean_came_to_rest(capsys):
+    check("ch9-stall", stall(keep=False))
+    message = capsys.readouterr().out
+    assert "momentum 0.01" in message
+    reached = float(message.split()[-1])
+    assert math.isclose(reached, 0.8047, abs_tol=1e-3)
