@@ -327,10 +327,10 @@ def test_a_trial_of_folding_leaves_a_complete_record(
     assert batches == list(folding.BATCHES)
 
 
-def record_page():
-    """Return the Sphinx extension that shows a record."""
-    path = ROOT / "_ext" / "gpu_record.py"
-    spec = importlib.util.spec_from_file_location("gpu_record", path)
+def record_page(name="gpu_record"):
+    """Return a Sphinx extension that shows a record."""
+    path = ROOT / "_ext" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -374,3 +374,37 @@ def test_a_chapter_without_a_gpu_record_says_how_to_make_one(tmp_path):
     shown = page.sentence(page.latest(tmp_path, "01_one"), "01_one")
     assert "not yet recorded" in shown
     assert "python -m benchmarks.chapters --device cuda" in shown
+
+
+def test_the_page_shows_the_latest_times_of_folding(tmp_path):
+    page = record_page("folding_record")
+    assert "not yet recorded" in page.page(tmp_path)
+    for kind, date, ratio in [
+        ("cpu", "2026-01-02", 1.5),
+        ("cpu", "2026-01-01", 9.0),
+        ("cuda", "2026-01-01", 1.25),
+    ]:
+        about = {
+            "kind": kind,
+            "device": f"a {kind}",
+            "date": date,
+            "torch": "2.13.0",
+            "commit": "0123456789",
+        }
+        line = {
+            "title": "a network",
+            "shape": [32, 3, 8, 8],
+            "batch_norms": 19,
+            "results": {
+                "torch": {"ms": [1.0, 3.0, 4.0], "ratio": 1.0},
+                "folded": {"ms": [1.0, 2.0, 4.0], "ratio": ratio},
+            },
+        }
+        record = {"provenance": about, "folding": [line]}
+        name = f"folding-{kind}-x-{date}.json"
+        (tmp_path / name).write_text(json.dumps(record))
+    shown = page.page(tmp_path)
+    assert "| a network | 32 | 19 | 3.00 | 2.00 | 1.50 |" in shown
+    assert "a cuda, 2026-01-01 (torch 2.13.0, commit 0123456)" in shown
+    assert "9.00" not in shown
+    assert shown.index("a cpu") < shown.index("a cuda")
