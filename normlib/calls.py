@@ -87,16 +87,19 @@ def look(model: Module, example: Example = None) -> Seen:
 
 def plain(module: Module) -> bool:
     """Whether a module computes as its class in torch.nn or normlib does."""
-    methods = [
-        getattr(type(module), name, None)
-        for name in ("forward", "_conv_forward")
-    ]
+    methods = [_method(module, n) for n in ("forward", "_conv_forward")]
     return "forward" not in vars(module) and all(
-        m.__module__.startswith(("torch.nn.", *_OURS)) for m in methods if m
+        str(m.__module__).startswith(("torch.nn.", *_OURS))
+        for m in methods
+        if m is not None
     )
 
 
 _OURS = ("normlib.modules", "normlib.variants", "normlib.folding")
+
+
+def _method(module: Module, name: str):
+    return inspect.getattr_static(type(module), name, None)
 
 
 def _leaf(module: Module) -> bool:
@@ -107,7 +110,12 @@ def _leaf(module: Module) -> bool:
 
 def _container(module: Module) -> bool:
     """Whether it only holds others: whoever has it calls them."""
-    return type(module).forward is Module.forward
+    return _method(module, "forward") is Module.forward
+
+
+def _hooked(module: Module) -> bool:
+    """Whether others are told of its calls, and may change what they give."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _held(module: Module) -> Iterator[Module]:
@@ -154,12 +162,16 @@ def _trace(model: Module, seen: Seen) -> None:
     """Run the model symbolically, and by itself each part that it cannot."""
     names = {module: name for name, module in model.named_modules()}
     leaves = [module for module in names if _leaf(module)]
-    steps, done, regions = set(leaves), set(leaves), [model]
+    # Hooks are not run: they may keep what they see.
+    apart = [m for m in names if _hooked(m) and not _leaf(m)]
+    steps, done = {*leaves, *apart}, set(leaves)
+    regions = [model, *apart]
 
     def leave_to_children(module, why, reached=()) -> None:
-        who = repr(names[module]) if names[module] else "the model"
         for child in (*_held(module), *reached):
-            seen.hidden[names[child]] = f"{who}, which {why}"
+            seen.hidden[names[child]] = (
+                f"{_called(names[module])}, which {why}"
+            )
             regions.append(child)
 
     for leaf in leaves:
@@ -186,7 +198,10 @@ def _calls(region, steps, names, seen) -> list[Call]:
 
     A region may insist on them; and given, they may be past tracing.
     """
-    parameters = inspect.signature(region.forward).parameters.values()
+    try:
+        parameters = inspect.signature(region.forward).parameters.values()
+    except ValueError as error:
+        raise _UntraceableError(region, error, []) from error
     optional = any(p.default is not p.empty for p in parameters)
     try:
         calls = _paths(region, steps, names, seen, given=False)
@@ -312,6 +327,9 @@ class _Tracer(fx.Tracer):
             if inputs:
                 call.source = self._who(inputs[0])
             call.users = [self._who(n) for n in node.users if not _looks(n)]
+        for name, value in _kept(self.root, self.names):
+            if isinstance(value, fx.Proxy) and value.node in self.made:
+                self.made[value.node].users.append(name)
         with _Watch(self.root, seen) as watch:
             for node in graph.find_nodes(op="get_attr"):
                 if not all(map(_looks, node.users)):
@@ -396,10 +414,40 @@ class _Watch(TorchFunctionMode):
             # Held, so that no other tensor gets its id.
             self.made[id(output)] = output, self.seen.calls[-1]
 
+    def hear(self, name: str, module, args, kwargs, output) -> None:
+        """After a call that others are told of: a forward hook."""
+        if not self.inside:
+            self.use(name, [*_leaves((args, kwargs, output))])
+
 
 def _own(module: Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
+
+
+def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
+    """What is nested in a value, in the attributes of its objects too."""
+    for leaf in tree_leaves(value):
+        yield leaf
+        whole = isinstance(leaf, (Tensor, Module, fx.Proxy)) or callable(leaf)
+        if depth and not whole and hasattr(leaf, "__dict__"):
+            yield from _leaves({**vars(leaf)}, depth - 1)
+
+
+def _kept(model: Module, names) -> Iterator[tuple[str, Any]]:
+    """What the modules keep in attributes of their own, and where."""
+    for module in model.modules():
+        attributes = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in ("_parameters", "_buffers", "_modules")
+        }
+        for value in _leaves(attributes):
+            yield f"an attribute of {_called(names[module])}", value
+
+
+def _called(name: str) -> str:
+    return repr(name) if name else "the model"
 
 
 def _observe(model: Module, seen: Seen, example: Example) -> None:
@@ -413,6 +461,11 @@ def _observe(model: Module, seen: Seen, example: Example) -> None:
                 partial(watch.enter, name), with_kwargs=True
             )
             module.register_forward_hook(watch.leave)
+        elif _hooked(module):
+            module.register_forward_hook(
+                partial(watch.hear, f"a hook of {_called(name)}"),
+                with_kwargs=True,
+            )
     if isinstance(example, Mapping):
         args, kwargs = (), example
     else:
@@ -420,5 +473,9 @@ def _observe(model: Module, seen: Seen, example: Example) -> None:
         args, kwargs = ((example,) if single else tuple(example)), {}
     with watch:
         output = model(*args, **kwargs)
-    watch.use("the output", output)
+    watch.use("the output", [*_leaves(output)])
+    names = {module: name for name, module in model.named_modules()}
+    for name, value in _kept(model, names):
+        if id(value) in watch.made:
+            watch.use(name, value)
     seen.hidden.clear()  # this run has shown what tracing could not

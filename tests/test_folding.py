@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -391,7 +392,29 @@ def shown(self, x):
     return y if x.sum() > 1e9 else self.norm1(y)
 
 
+def kept(self, x):
+    self.last = {"before": (self.conv1(x),)}
+    return self.norm1(self.last["before"][0])
+
+
+class Pair(NamedTuple):
+    before: torch.Tensor
+    after: torch.Tensor
+
+
+class Bag:
+    def __init__(self, before):
+        self.before = before
+
+
+def in_a_tuple(self, x):
+    y = self.conv1(x)
+    return Pair(y, self.norm1(y))
+
+
 REASONS = {
+    "also goes to an attribute of the model": kept,
+    "to Pair()": in_a_tuple,
     "also goes to add()": plus,
     "also goes to mul_()": changed,
     "also goes to the output": returned,
@@ -682,6 +705,44 @@ def test_a_layer_that_an_untraceable_model_holds_is_left():
     model.first = model.block[0]
     _, plan = assert_folded(model, X, left=2)
     assert "'block.0' may be called by the model" in plan.left["block.1"]
+
+
+def test_what_a_run_returns_is_looked_into():
+    def forward(self, x):
+        y = self.conv1(x)
+        return Bag(y), self.norm1(y), range(len(x))
+
+    assert "cannot be traced" in plan_folding(net(forward)).left["norm1"]
+    plan = plan_folding(net(forward), X)
+    assert "also goes to the output" in plan.left["norm1"]
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["traced", "run"])
+def test_a_hook_of_what_surrounds_a_layer_sees_its_output(example):
+    seen = []
+    inner = nn.Sequential(conv())
+    inner.register_forward_hook(lambda m, args, y: seen.append(y))
+    model = settled(nn.Sequential(inner, nn.BatchNorm2d(4), *pair()))
+    _, plan = assert_folded(model, X, left=1, example=example)
+    assert "'0' (Sequential)" in plan.left["1"]
+    seen.clear()
+    plan_folding(model)
+    assert not seen
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.fx.symbolic_trace,
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: nn.Sequential(torch.jit.script(m), *pair()),
+    ],
+    ids=["fx", "compiled", "scripted"],
+)
+def test_models_that_other_tools_have_changed(change):
+    model = settled(change(settled(pair())))
+    assert_folded(model, X)
 
 
 def test_endless_decisions_end():
