@@ -19,7 +19,7 @@ HEAD = """\
 folded, medians in milliseconds, {device}, {date} (torch {torch}, commit \
 {commit}).
 
-| network | batch | batch norms | unfolded | folded | faster by |
+| network | batch | batch norms | unfolded | folded | times as fast |
 |---|---|---|---|---|---|
 """
 ROW = "| {title} | {batch} | {norms} | {torch:.2f} | {folded:.2f} | {by:.2f} |"
