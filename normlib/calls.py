@@ -113,6 +113,10 @@ def _container(module: Module) -> bool:
     return _method(module, "forward") is Module.forward
 
 
+def _parent(module: Module) -> bool:
+    return next(module.children(), None) is not None
+
+
 def _hooked(module: Module) -> bool:
     """Whether others are told of its calls, and may change what they give."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -166,6 +170,7 @@ def _trace(model: Module, seen: Seen) -> None:
     apart = [m for m in names if _hooked(m) and not _leaf(m)]
     steps, done = {*leaves, *apart}, set(leaves)
     regions = [model, *apart]
+    tracer = partial(_Tracer, names, steps)
 
     def leave_to_children(module, why, reached=()) -> None:
         for child in (*_held(module), *reached):
@@ -175,13 +180,13 @@ def _trace(model: Module, seen: Seen) -> None:
             regions.append(child)
 
     for leaf in leaves:
-        if any(True for _ in leaf.children()):
+        if _parent(leaf):
             leave_to_children(leaf, "is not looked into")
     for region in regions:
         while region not in done:
             try:
-                with _Watch(model, seen):
-                    seen.calls.extend(_calls(region, steps, names, seen))
+                with _Watch(model, seen) as watch:
+                    seen.calls.extend(_calls(region, tracer, watch))
                 done.add(region)
             except _UntraceableError as error:
                 if error.module is region:
@@ -193,7 +198,7 @@ def _trace(model: Module, seen: Seen) -> None:
                     regions.append(error.module)
 
 
-def _calls(region, steps, names, seen) -> list[Call]:
+def _calls(region: Module, tracer, watch) -> list[Call]:
     """All calls in a region: its optional arguments left out, then given.
 
     A region may insist on them; and given, they may be past tracing.
@@ -204,40 +209,40 @@ def _calls(region, steps, names, seen) -> list[Call]:
         raise _UntraceableError(region, error, []) from error
     optional = any(p.default is not p.empty for p in parameters)
     try:
-        calls = _paths(region, steps, names, seen, given=False)
+        calls = _paths(region, tracer, watch, given=False)
     except _UntraceableError as error:
         if not (optional and error.refused and error.module is region):
             raise
-        return _paths(region, steps, names, seen, given=True)
+        return _paths(region, tracer, watch, given=True)
     if optional:
         try:
-            calls += _paths(region, steps, names, seen, given=True)
+            calls += _paths(region, tracer, watch, given=True)
         except _UntraceableError as error:
             if error.module is not region:
                 raise
     return calls
 
 
-def _paths(region, steps, names, seen, given: bool) -> list[Call]:
+def _paths(region: Module, tracer, watch, given: bool) -> list[Call]:
     """The same for every sequence of answers to what a region asks.
 
-    A path on which the model raises an error of its own is none.
+    An answer on which the region itself raises an error leads nowhere.
     """
     found, failure, pending = [], None, [()]
     for answers in pending:
-        tracer = _Tracer(names, steps, given, answers)
+        run = tracer(given, answers)
         try:
-            found.append(tracer.calls(tracer.trace(region), seen))
+            found.append(run.calls(run.trace(region), watch))
         except Exception as error:
-            module = tracer.failed or region
-            failure = _UntraceableError(module, error, tracer.reached)
-            if not (failure.refused and tracer.asked):
+            module = run.failed or region
+            failure = _UntraceableError(module, error, run.reached)
+            if run.failed or not (failure.refused and run.asked):
                 raise failure from error
-        new = range(len(answers), len(tracer.asked))
-        pending += [(*tracer.asked[:i], False) for i in new]
+        new = range(len(answers), len(run.asked))
+        pending += [(*run.asked[:i], False) for i in new]
         if len(pending) > _MOST:
             reason = TraceError(f"more than {_MOST} paths")
-            raise _UntraceableError(region, reason, tracer.reached)
+            raise _UntraceableError(region, reason, run.reached)
     if not found:
         raise failure
     return [call for calls in found for call in calls]
@@ -320,7 +325,7 @@ class _Tracer(fx.Tracer):
         self.asked.append(known[0] if known else True)
         return self.asked[-1]
 
-    def calls(self, graph: fx.Graph, seen: Seen) -> list[Call]:
+    def calls(self, graph: fx.Graph, watch) -> list[Call]:
         """What the graph tells of the steps."""
         for node, call in self.made.items():
             inputs = node.all_input_nodes
@@ -330,10 +335,9 @@ class _Tracer(fx.Tracer):
         for name, value in _kept(self.root, self.names):
             if isinstance(value, fx.Proxy) and value.node in self.made:
                 self.made[value.node].users.append(name)
-        with _Watch(self.root, seen) as watch:
-            for node in graph.find_nodes(op="get_attr"):
-                if not all(map(_looks, node.users)):
-                    watch.use("", attrgetter(node.target)(self.root))
+        for node in graph.find_nodes(op="get_attr"):
+            if not all(map(_looks, node.users)):
+                watch.use("", attrgetter(node.target)(self.root))
         return [*self.made.values()]
 
     def _who(self, node: fx.Node) -> Call | str:
@@ -341,8 +345,12 @@ class _Tracer(fx.Tracer):
             return f"the input {node.target}"
         if node.op == "output":
             return "the output"
-        name = getattr(node.target, "__name__", node.target)
-        return self.made.get(node, f"{name}()")
+        return self.made.get(node, _title(node.target))
+
+
+def _title(function: Any) -> str:
+    """A function, or the name of a method, in words."""
+    return f"{getattr(function, '__name__', function)}()"
 
 
 def _looks(node: fx.Node) -> bool:
@@ -384,7 +392,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not self.inside and func not in _LOOKS:
-            self.use(f"{func.__name__}()", (args, kwargs))
+            self.use(_title(func), (args, kwargs))
         return func(*args, **kwargs)
 
     def use(self, user: Call | str, values: Any) -> None:
@@ -456,7 +464,7 @@ def _observe(model: Module, seen: Seen, example: Example) -> None:
         return
     watch = _Watch(model, seen)
     for name, module in model.named_modules():
-        if _leaf(module) and not any(True for _ in module.children()):
+        if _leaf(module) and not _parent(module):
             module.register_forward_pre_hook(
                 partial(watch.enter, name), with_kwargs=True
             )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from devices import DEVICES
 from hypothesis import given, settings
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import normlib
@@ -698,6 +698,32 @@ def test_a_slice_of_a_model_is_put_together_by_its_user():
 
 def untraceable_block(forward):
     return settled(Net(forward, block=pair()))
+
+
+def test_a_weight_that_a_traced_part_uses_itself_is_named_in_full():
+    def forward(self, x):
+        return self.norm1(self.conv1(x)) * self.conv1.weight.sum()
+
+    model = untraceable()
+    model.block = net(forward)
+    assert (
+        "'block.conv1' has tensors" in plan_folding(model).left["block.norm1"]
+    )
+
+
+def test_a_part_that_fails_on_one_path_is_seen_on_it():
+    class Sizes(nn.Module):
+        def forward(self, x):
+            raise LookupError("traced") if isinstance(x, fx.Proxy) else None
+
+    def forward(self, x):
+        y = self.conv1(x)
+        if x.shape[0] > 1:
+            y = y * self.sizes(y)
+        return self.norm1(y)
+
+    plan = plan_folding(net(forward, sizes=Sizes()))
+    assert "from mul()" in plan.left["norm1"]
 
 
 def test_a_layer_that_an_untraceable_model_holds_is_left():
