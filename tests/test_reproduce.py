@@ -40,7 +40,9 @@ def command(tmp_path, monkeypatch):
         assert file.name.startswith("reproduce-cpu-")
         return json.loads(file.read_text())
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
 def titles(record):
