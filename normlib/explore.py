@@ -8,7 +8,10 @@ anywhere, and the same arguments give the same bytes.
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy
 
@@ -1099,6 +1102,403 @@ document.querySelectorAll(".normlib-running:not([data-ready])")
     notch.value = box.dataset.notch;
     step.value = box.dataset.step;
     debias.setAttribute("aria-pressed", box.dataset.debias);
+    draw();
+  });
+});
+"""
+
+
+class GradientWalk:
+    """Walks along the gradient, to take by hand: how far is it right?
+
+    Above the loss, below the change of the gradient, of several networks
+    against the step size. A slider, or a finger on the picture, chooses the
+    step; buttons choose the moment of training at which the walk starts. The
+    figure says what loss and gradient have become of. Both scales are
+    logarithmic, and the same at every moment.
+
+    Show it by naming it at the end of a cell.
+
+    Args:
+        walks: name of a network to its walks, one for each moment, each with
+            ``step_size``, ``loss`` and ``grad_change`` as
+            :func:`normlib.diagnostics.gradient_walk` returns them. All have
+            the same step sizes: 0, then rising.
+        moments: a label for each.
+        unit: the learning rate, in whose multiples the step is told.
+        size: the step at first, in these units; the nearest is taken.
+        moment: the one at first, counted from 0.
+
+    Raises:
+        ValueError: walks that do not fit each other, or none; a moment that
+            is not there.
+
+    Chapter 3.
+    """
+
+    def __init__(
+        self,
+        walks: Mapping[str, Sequence],
+        moments: Sequence[str],
+        *,
+        unit: float,
+        size: float = 1.0,
+        moment: int = 0,
+    ):
+        _check_walks(walks, moments)
+        if not 0 <= moment < len(moments):
+            raise ValueError(
+                f"moment must be in [0, {len(moments) - 1}], got {moment}"
+            )
+        first = next(iter(walks.values()))[0]
+        self.sizes = [_digits(s / unit) for s in _listed(first.step_size)]
+        self.moments, self.moment = list(moments), moment
+        self.names = list(walks)
+        self.loss, self.change = (
+            [[_told(getattr(w, key)) for w in row] for row in walks.values()]
+            for key in ("loss", "grad_change")
+        )
+        steps = range(len(self.sizes))
+        self._notch = min(steps, key=lambda i: abs(self.sizes[i] - size))
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientWalk({', '.join(self.names)}; "
+            f"{', '.join(self.moments)}; {len(self.sizes)} steps)"
+        )
+
+    def _messages(self) -> list[str]:
+        at, k = self.moment, self._notch
+        return [
+            f"the loss goes from {_round(loss[at][0])} to "
+            f"{_round(loss[at][k])}, and the gradient changes by "
+            f"{_round(change[at][k])}."
+            for loss, change in zip(self.loss, self.change, strict=True)
+        ]
+
+    def _panel(self, values, top: float, floor: float) -> "_Panel":
+        flat = [v for row in values for walk in row for v in walk if v > 0]
+        low = math.floor(math.log10(min(flat)))
+        high = math.ceil(math.log10(max(flat)))
+        low = max(low, min(high, 4) - 6)
+        return _Panel(low, max(min(high, low + 6), low + 1), top, floor)
+
+    def _across(self, k: int) -> float:
+        return 48 + 424 * k / (len(self.sizes) - 1)
+
+    def _ticks(self) -> str:
+        """Labels under the picture: 0, and powers of four of the unit."""
+        marks = [(0, "0")]
+        for power in range(-3, 6):
+            near = min(
+                range(1, len(self.sizes)),
+                key=lambda i: abs(self.sizes[i] / 4.0**power - 1),
+            )
+            if abs(self.sizes[near] / 4.0**power - 1) < 0.02:
+                label = f"1/{4**-power}" if power < 0 else f"{4**power}"
+                marks.append((near, label))
+        return "".join(
+            f'<text x="{self._across(k):.1f}" y="326" '
+            f'text-anchor="middle">{label}</text>'
+            for k, label in marks
+        )
+
+    def _repr_html_(self) -> str:
+        panels = [
+            self._panel(self.loss, 24.0, 158.0),
+            self._panel(self.change, 194.0, 308.0),
+        ]
+        k, at, both = self._notch, self.moment, (self.loss, self.change)
+        lines, dots = "", ""
+        for values, panel in zip(both, panels, strict=True):
+            for i, row in enumerate(values):
+                points = " ".join(
+                    f"{self._across(j):.1f},{panel.up(v):.1f}"
+                    for j, v in enumerate(row[at])
+                )
+                lines += f'<polyline class="ng-l{i}" points="{points}"/>'
+                dots += (
+                    f'<circle class="ng-d{i}" cx="{self._across(k):.1f}" '
+                    f'cy="{panel.up(row[at][k]):.1f}" r="4.5"/>'
+                )
+        inside = [j for j, s in enumerate(self.sizes) if 0.49 < s < 4.1]
+        left, right = (
+            (self._across(inside[0]), self._across(inside[-1]))
+            if inside
+            else (0, 0)
+        )
+        fill = {
+            "@STYLE@": _WALK_STYLE,
+            "@SCRIPT@": _WALK_SCRIPT,
+            "@DATA@": json.dumps(
+                {
+                    "sizes": self.sizes,
+                    "loss": self.loss,
+                    "change": self.change,
+                    "panels": [list(panel) for panel in panels],
+                },
+                separators=(",", ":"),
+            ),
+            "@LEFT@": f"{left:.1f}",
+            "@WIDE@": f"{right - left:.1f}",
+            "@GRID@": "".join(panel.grid() for panel in panels),
+            "@TICKS@": self._ticks(),
+            "@LINES@": lines,
+            "@DOTS@": dots,
+            "@ATX@": f"{self._across(k):.1f}",
+            "@SAID@": "".join(
+                f'<p><i class="ng-k{i}"></i><span><b>{escape(name)}:</b> '
+                f'<span class="ng-says">{said}</span></span></p>'
+                for i, (name, said) in enumerate(
+                    zip(self.names, self._messages(), strict=True)
+                )
+            ),
+            "@SIZE@": _round(self.sizes[k]),
+            "@NOTCH@": str(k),
+            "@LAST@": str(len(self.sizes) - 1),
+            "@MOMENT@": str(at),
+            "@BUTTONS@": "".join(
+                f'<button type="button" data-at="{j}" aria-pressed="'
+                f'{"true" if j == at else "false"}">{escape(label)}</button>'
+                for j, label in enumerate(self.moments)
+            ),
+        }
+        html = _WALK_PAGE
+        for key, value in fill.items():
+            html = html.replace(key, value)
+        return html
+
+
+class _Panel(NamedTuple):
+    """A logarithmic scale: decades, and where they lie in the picture."""
+
+    low: int
+    high: int
+    top: float
+    floor: float
+
+    def up(self, value: float) -> float:
+        """The height of a value; what is outside lies on the border."""
+        decade = math.log10(value) if value > 0 else self.low
+        share = (decade - self.low) / (self.high - self.low)
+        return self.floor - (self.floor - self.top) * min(max(share, 0), 1)
+
+    def grid(self) -> str:
+        """A line for each decade, with labels not too close."""
+        every = 1 if self.high - self.low < 5 else 2
+        found = ""
+        for decade in range(self.low, self.high + 1):
+            y = self.up(10.0**decade)
+            found += f'<path class="ng-grid" d="M48,{y:.1f}H472"/>'
+            if (decade - self.low) % every == 0:
+                label = f"{10**decade:,}" if decade >= 0 else 10.0**decade
+                found += (
+                    f'<text x="43" y="{y + 4.5:.1f}" '
+                    f'text-anchor="end">{label}</text>'
+                )
+        return found
+
+
+def _check_walks(walks, moments) -> None:
+    if not walks or not moments:
+        raise ValueError("there must be at least one walk")
+    counts = {name: len(row) for name, row in walks.items()}
+    if set(counts.values()) != {len(moments)}:
+        raise ValueError(
+            f"each network needs a walk for each of {len(moments)} moments, "
+            f"got {counts}"
+        )
+    sizes = {
+        tuple(_listed(walk.step_size))
+        for row in walks.values()
+        for walk in row
+    }
+    if len(sizes) > 1:
+        raise ValueError("all walks must have the same step sizes")
+    (found,) = sizes
+    rising = all(a < b for a, b in pairwise(found))
+    if len(found) < 2 or found[0] != 0 or not rising:
+        raise ValueError(f"step sizes must rise from 0, got {list(found)}")
+
+
+def _listed(values) -> list[float]:
+    return [float(v) for v in values]
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _told(values) -> list[float]:
+    """As JSON has numbers: 4 digits, and what is not finite as 1e30."""
+    return [
+        _digits(v) if math.isfinite(v) and v < 1e30 else 1e30
+        for v in _listed(values)
+    ]
+
+
+def _round(value: float) -> str:
+    if value >= 1000:
+        return f"more than {10 ** math.floor(math.log10(value)):,}"
+    for limit, places in ((0.0995, 3), (9.95, 2), (99.5, 1)):
+        if value < limit:
+            return f"{value:.{places}f}"
+    return f"{value:.0f}"
+
+
+_WALK_PAGE = """\
+<div class="normlib-walk" data-notch="@NOTCH@" data-moment="@MOMENT@">
+<style>@STYLE@</style>
+<svg viewBox="0 0 480 352" role="img" aria-label="Two plots against the step
+ size, both scales logarithmic, one line for each network. Above, the loss
+ along the gradient; below, how far the gradient there is from the gradient
+ at the start">
+<rect class="ng-span" x="@LEFT@" y="24" width="@WIDE@" height="284"/>
+@GRID@
+<text x="48" y="15" class="ng-title">loss along the walk</text>
+<text x="48" y="185" class="ng-title">change of the gradient</text>
+<g class="ng-lines">@LINES@</g>
+<path class="ng-cursor" d="M0,24V308" transform="translate(@ATX@,0)"/>
+<g class="ng-dots">@DOTS@</g>
+@TICKS@
+<text x="472" y="345" text-anchor="end">step, in learning rates</text>
+</svg>
+<div class="ng-told" aria-live="polite">@SAID@</div>
+<label><span>A step of <output class="ng-size">@SIZE@</output> learning
+ rates</span>
+<input class="ng-notch" type="range" min="0" max="@LAST@" step="1"
+ value="@NOTCH@" aria-label="Step along the gradient, in learning rates"
+ aria-valuetext="@SIZE@"></label>
+<div class="ng-buttons" role="group" aria-label="Moment of training">
+@BUTTONS@
+<button type="button" class="ng-reset">Reset</button></div>
+<noscript>Slider and buttons need JavaScript; the picture shows one setting.\
+</noscript>
+<script type="application/json" class="ng-data">@DATA@</script>
+<script>@SCRIPT@</script>
+</div>
+"""
+
+_WALK_STYLE = """
+.normlib-walk{--ng-0:#64748b;--ng-1:#0f766e;--ng-2:#b45309;--ng-text:#1e293b;
+--ng-muted:#64748b;--ng-line:#cbd5e1;--ng-grid:#e2e8f0;--ng-back:#fff;
+--ng-span:#f1f5f9;--ng-focus:#b45309;max-width:680px;margin:0 auto;
+color:var(--ng-text);font-size:.95rem;line-height:1.4}
+html[data-theme=dark] .normlib-walk,
+[data-jp-theme-light=false] .normlib-walk{--ng-0:#cbd5e1;--ng-1:#2dd4bf;
+--ng-2:#fbbf24;--ng-text:#e2e8f0;--ng-muted:#94a3b8;--ng-line:#475569;
+--ng-grid:#1e293b;--ng-back:#0f172a;--ng-span:#17233b;--ng-focus:#fbbf24}
+html[data-theme=dark] .bd-content div.cell_output
+.text_html:has(.normlib-walk){background:none!important;padding:0}
+.normlib-walk svg{display:block;width:100%;height:auto;cursor:ew-resize;
+background:var(--ng-back);border:1px solid var(--ng-line);border-radius:6px;
+touch-action:pan-y;user-select:none}
+.normlib-walk text{font-size:13px;fill:var(--ng-muted)}
+.normlib-walk .ng-title{font-weight:600;fill:var(--ng-text)}
+.normlib-walk .ng-grid{stroke:var(--ng-grid);fill:none}
+.normlib-walk .ng-span{fill:var(--ng-span)}
+.normlib-walk polyline{fill:none;stroke-width:2.4;stroke-linejoin:round}
+.normlib-walk .ng-l0{stroke:var(--ng-0);stroke-dasharray:7 3}
+.normlib-walk .ng-l1{stroke:var(--ng-1)}
+.normlib-walk .ng-l2{stroke:var(--ng-2);stroke-dasharray:2 3}
+.normlib-walk circle{stroke:var(--ng-back);stroke-width:1.5}
+.normlib-walk .ng-d0{fill:var(--ng-0)}
+.normlib-walk .ng-d1{fill:var(--ng-1)}
+.normlib-walk .ng-d2{fill:var(--ng-2)}
+.normlib-walk .ng-cursor{stroke:var(--ng-text);stroke-opacity:.4;fill:none}
+.normlib-walk .ng-told{margin:.4rem 0}
+.normlib-walk .ng-told p{display:flex;gap:.5rem;margin:.3rem 0;
+min-height:2.8em}
+.normlib-walk .ng-told i{flex:none;width:1.4rem;height:0;margin-top:.65em;
+border-top:3px solid var(--ng-1)}
+.normlib-walk .ng-told .ng-k0{border-top:3px dashed var(--ng-0)}
+.normlib-walk .ng-told .ng-k2{border-top:3px dotted var(--ng-2)}
+.normlib-walk label{display:block;margin:.4rem 0 0}
+.normlib-walk input{display:block;width:100%;margin:.2rem 0;
+accent-color:var(--ng-1)}
+.normlib-walk .ng-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
+margin:.5rem 0 .2rem}
+.normlib-walk button{font:inherit;color:inherit;padding:.25rem .6rem;
+background:var(--ng-back);border:1px solid var(--ng-muted);
+border-radius:6px;cursor:pointer}
+.normlib-walk button[aria-pressed=true]{border-color:var(--ng-1);
+box-shadow:inset 0 0 0 1px var(--ng-1);font-weight:600}
+.normlib-walk button:focus-visible,
+.normlib-walk input:focus-visible{outline:2px solid var(--ng-focus);
+outline-offset:2px}
+"""
+
+_WALK_SCRIPT = """
+document.querySelectorAll(".normlib-walk:not([data-ready])")
+.forEach(function (box) {
+  box.dataset.ready = "1";
+  var part = function (name) { return box.querySelector(".ng-" + name); };
+  var data = JSON.parse(part("data").textContent);
+  var notch = part("notch"), moment = +box.dataset.moment;
+  var picture = box.querySelector("svg"), last = data.sizes.length - 1;
+  var lines = part("lines").children, dots = part("dots").children;
+  var says = box.querySelectorAll(".ng-says");
+  var buttons = box.querySelectorAll("button[data-at]");
+  function across(k) { return (48 + 424 * k / last).toFixed(1); }
+  function up(value, panel) {
+    var low = panel[0], top = panel[2], floor = panel[3];
+    var decade = value > 0 ? Math.log10(value) : low;
+    var share = (decade - low) / (panel[1] - low);
+    share = Math.min(Math.max(share, 0), 1);
+    return (floor - (floor - top) * share).toFixed(1);
+  }
+  function round(value) {
+    if (value >= 1000) {
+      return "more than " + Math.pow(10, Math.floor(Math.log10(value)))
+        .toLocaleString("en-US");
+    }
+    return value.toFixed(value < 0.0995 ? 3 : value < 9.95 ? 2 :
+      value < 99.5 ? 1 : 0);
+  }
+  function draw() {
+    var k = +notch.value, n = data.loss.length;
+    [data.loss, data.change].forEach(function (values, j) {
+      values.forEach(function (row, i) {
+        var walk = row[moment], panel = data.panels[j];
+        lines[j * n + i].setAttribute("points", walk.map(
+          function (v, at) { return across(at) + "," + up(v, panel); }
+        ).join(" "));
+        dots[j * n + i].setAttribute("cx", across(k));
+        dots[j * n + i].setAttribute("cy", up(walk[k], panel));
+      });
+    });
+    data.loss.forEach(function (row, i) {
+      says[i].textContent = "the loss goes from " + round(row[moment][0]) +
+        " to " + round(row[moment][k]) + ", and the gradient changes by " +
+        round(data.change[i][moment][k]) + ".";
+    });
+    part("cursor").setAttribute("transform",
+      "translate(" + across(k) + ",0)");
+    part("size").textContent = round(data.sizes[k]);
+    notch.setAttribute("aria-valuetext", round(data.sizes[k]));
+    buttons.forEach(function (button) {
+      button.setAttribute("aria-pressed", +button.dataset.at === moment);
+    });
+  }
+  function point(event) {
+    if (event.type === "pointermove" && !event.buttons) { return; }
+    var place = picture.getBoundingClientRect();
+    var x = 480 * (event.clientX - place.left) / place.width;
+    notch.value = Math.round((x - 48) * last / 424);
+    draw();
+  }
+  notch.addEventListener("input", draw);
+  picture.addEventListener("pointerdown", point);
+  picture.addEventListener("pointermove", point);
+  buttons.forEach(function (button) {
+    button.addEventListener("click", function () {
+      moment = +button.dataset.at;
+      draw();
+    });
+  });
+  part("reset").addEventListener("click", function () {
+    notch.value = box.dataset.notch;
+    moment = +box.dataset.moment;
     draw();
   });
 });

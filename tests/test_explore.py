@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from normlib import reference
-from normlib.explore import LossContours, NormCube, RunningAverage
+from normlib.diagnostics import Walk
+from normlib.explore import (
+    GradientWalk,
+    LossContours,
+    NormCube,
+    RunningAverage,
+)
 from normlib.stats import ExponentialAverage, Moments
 
 VOID = {"input", "br", "img"}
@@ -128,7 +134,24 @@ def test_repr_names_the_setting():
     )
 
 
-FIGURES = [LossContours, NormCube, RunningAverage]
+def quadratic(curvature, length=1.0):
+    """A walk down a parabola whose gradient has this length."""
+    size = torch.tensor([0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 4.0])
+    gap = length / curvature - size * length
+    change = size * length * curvature
+    return Walk(size.double(), gap**2 * curvature / 2, change, curvature)
+
+
+def walk(**kwargs):
+    walks = {
+        "steep": [quadratic(2.0), quadratic(1.0)],
+        "flat": [quadratic(0.5), quadratic(0.25)],
+    }
+    settings = {"unit": 0.25, "size": 1.0} | kwargs
+    return GradientWalk(walks, ["step 0", "step <9>"], **settings)
+
+
+FIGURES = [LossContours, NormCube, RunningAverage, walk]
 CUBE = (3, 6, 4)  # samples, channels, positions
 NORMS = ["batch", "sample", "token", "instance", "group", "rms"]
 
@@ -315,4 +338,96 @@ def test_the_average_refuses_what_it_does_not_have(arguments, received):
 def test_the_average_names_its_setting():
     assert repr(RunningAverage(0.1004)) == (
         "RunningAverage(momentum=0.1, step=30, debias=False)"
+    )
+
+
+def test_the_walk_is_drawn_and_told_without_a_script():
+    tags = Tags(walk()._repr_html_())
+    lines = [p["points"].split() for p in tags.all("polyline")]
+    assert len(lines) == 4  # two networks, above and below
+    assert {len(line) for line in lines} == {7}
+    dots = tags.all("circle")
+    for line, dot in zip(lines, dots, strict=True):
+        assert f"{dot['cx']},{dot['cy']}" == line[3]  # one learning rate
+    page = walk()._repr_html_()
+    # The parabola of curvature 2: 1/4, then (1/2 - 1/4)^2 = 1/16.
+    assert "goes from 0.25 to 0.062, and the gradient changes by 0.50" in page
+    assert "step &lt;9&gt;" in page
+    assert tags.all("input")[0]["aria-valuetext"] == "1.00"
+    assert tags.all("svg")[0]["aria-label"]
+    pressed = [b.get("aria-pressed") for b in tags.all("button")]
+    assert pressed == ["true", "false", None]
+
+
+def test_a_point_is_a_decade_higher_where_the_value_is_ten_times_as_large():
+    page = walk(moment=1)._repr_html_()
+    data = re.search(r'class="ng-data">(.+?)</script>', page)[1]
+    low, high, top, floor = json.loads(data)["panels"][0]
+    decade = (floor - top) / (high - low)
+    y = [
+        [float(point.split(",")[1]) for point in line["points"].split()]
+        for line in Tags(page).all("polyline")[:2]
+    ]
+    loss = [quadratic(c).loss.numpy() for c in (1.0, 0.25)]
+    for found, wanted in zip(y, loss, strict=True):
+        kept = wanted > 10.0**low
+        up = floor - decade * (numpy.log10(wanted[kept]) - low)
+        numpy.testing.assert_allclose(numpy.array(found)[kept], up, atol=0.06)
+
+
+def test_the_script_of_the_walk_gets_what_was_measured():
+    data = re.search(r'class="ng-data">(.+?)</script>', walk()._repr_html_())
+    found = json.loads(data[1])
+    assert found["sizes"] == [0, 0.25, 0.5, 1, 2, 4, 16]
+    numpy.testing.assert_allclose(
+        found["change"][1][0], quadratic(0.5).grad_change, rtol=1e-3
+    )
+
+
+def test_a_walk_to_infinity_is_drawn_at_the_border():
+    lost = quadratic(1.0)
+    lost.loss[-1], lost.grad_change[-1] = math.nan, math.inf
+    page = GradientWalk({"lost": [lost]}, ["start"], unit=0.25, size=99)
+    html = page._repr_html_()
+    assert "nan" not in html.lower()
+    assert "Infinity" not in html
+    line = Tags(html).all("polyline")[0]["points"].split()
+    assert line[-1].endswith(",24.0")
+    assert "to more than 1,000," in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        (({}, ["a"]), "at least one walk"),
+        (({"x": [quadratic(1.0)]}, ["a", "b"]), r"2 moments, got {'x': 1}"),
+        (
+            ({"x": [quadratic(1.0)._replace(step_size=[1.0, 2.0])]}, ["a"]),
+            r"rise from 0, got \[1.0, 2.0\]",
+        ),
+        (
+            (
+                {
+                    "x": [quadratic(1.0)],
+                    "y": [quadratic(1.0)._replace(step_size=[0.0, 2.0])],
+                },
+                ["a"],
+            ),
+            "the same step sizes",
+        ),
+    ],
+)
+def test_walks_that_do_not_fit_are_refused(arguments, received):
+    with pytest.raises(ValueError, match=received):
+        GradientWalk(*arguments, unit=1.0)
+
+
+def test_a_moment_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
+        walk(moment=2)
+
+
+def test_the_walk_names_its_networks():
+    assert (
+        repr(walk()) == "GradientWalk(steep, flat; step 0, step <9>; 7 steps)"
     )
