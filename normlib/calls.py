@@ -234,9 +234,11 @@ def _paths(region: Module, tracer, watch, given: bool) -> list[Call]:
         try:
             found.append(run.calls(run.trace(region), watch))
         except Exception as error:
-            module = run.failed or region
+            # A module may be empty, and then it is false.
+            inner = run.failed is not None
+            module = run.failed if inner else region
             failure = _UntraceableError(module, error, run.reached)
-            if run.failed or not (failure.refused and run.asked):
+            if inner or not (failure.refused and run.asked):
                 raise failure from error
         new = range(len(answers), len(run.asked))
         pending += [(*run.asked[:i], False) for i in new]
@@ -250,6 +252,26 @@ def _paths(region: Module, tracer, watch, given: bool) -> list[Call]:
 
 _MOST = 32
 """Paths through a module that are followed, and decisions on each."""
+
+
+class _Value(fx.Proxy):
+    """Stands for a tensor, and says so to a model that asks what it is."""
+
+    @property
+    def __class__(self):
+        return Tensor
+
+    def __getattr__(self, k: str):
+        # Asked by isinstance(x, Parameter) and isinstance(x, Buffer).
+        return False if k in _KINDS else super().__getattr__(k)
+
+    def __setattr__(self, k: str, value: Any) -> None:
+        if k not in ("tracer", "node"):
+            raise TraceError(f"an assignment to {k!r} of a Proxy")
+        super().__setattr__(k, value)
+
+
+_KINDS = ("_is_param", "_is_buffer")
 
 
 class _Tracer(fx.Tracer):
@@ -314,6 +336,15 @@ class _Tracer(fx.Tracer):
             raise
         finally:
             self.depth -= part
+
+    def proxy(self, node):
+        """What stands for the value of a node."""
+        return _Value(node, self)
+
+    def create_arg(self, a):
+        """The node that a value is of."""
+        # Before it is taken for the tensor that it says to be.
+        return a.node if isinstance(a, _Value) else super().create_arg(a)
 
     def to_bool(self, obj):
         """The next answer."""
@@ -433,24 +464,27 @@ def _own(module: Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
+def _leaves(value: Any, met: set[int] | None = None) -> Iterator[Any]:
     """What is nested in a value, in the attributes of its objects too."""
+    met = set() if met is None else met
     for leaf in tree_leaves(value):
         yield leaf
         whole = isinstance(leaf, (Tensor, Module, fx.Proxy)) or callable(leaf)
-        if depth and not whole and hasattr(leaf, "__dict__"):
-            yield from _leaves({**vars(leaf)}, depth - 1)
+        if not whole and id(leaf) not in met and hasattr(leaf, "__dict__"):
+            met.add(id(leaf))
+            yield from _leaves({**vars(leaf)}, met)
 
 
 def _kept(model: Module, names) -> Iterator[tuple[str, Any]]:
     """What the modules keep in attributes of their own, and where."""
+    met: set[int] = set()
     for module in model.modules():
         attributes = {
             key: value
             for key, value in vars(module).items()
             if key not in ("_parameters", "_buffers", "_modules")
         }
-        for value in _leaves(attributes):
+        for value in _leaves(attributes, met):
             yield f"an attribute of {_called(names[module])}", value
 
 
