@@ -1,8 +1,9 @@
-"""Execute the notebooks again when what they import has changed.
+"""Execute the notebooks again when what they import or read has changed.
 
 jupyter-cache knows a notebook by its own code, so that an edit of the
-package would show stale outputs. This extension keeps a fingerprint of the
-package and of the libraries under it beside the cache. When it differs, the
+package would show stale outputs, and so would a new record of the full-size
+experiments. This extension keeps a fingerprint of these, and of the
+libraries under the package, beside the cache. When it differs, the
 cache is emptied and every page that runs code is read again.
 
 The kernels compute on one thread each unless told otherwise: the networks of
@@ -24,11 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def fingerprint(root):
-    """Return one hash of the package's source and of what it stands on."""
+    """Return one hash of the package's source, its libraries and records."""
     digest = hashlib.sha256(platform.python_version().encode())
     for name in LIBRARIES:
         digest.update(f"{name}{importlib.metadata.version(name)}".encode())
-    for source in sorted((root / "normlib").rglob("*.py")):
+    sources = sorted((root / "normlib").rglob("*.py"))
+    records = (root / "benchmarks" / "records").glob("reproduce-*.json")
+    for source in [*sources, *sorted(records)]:
         digest.update(source.relative_to(root).as_posix().encode())
         digest.update(source.read_bytes())
     return digest.hexdigest()

@@ -29,6 +29,7 @@ ALLOWED = {
     "training": {"data", "models"},
     "plotting": set(),
     "explore": {"axes"},
+    "records": set(),
     "testing": set(),
     "exercises": CORE
     | {"variants", "inference", "models", "data", "training", "testing"},

@@ -1,0 +1,193 @@
+"""What the full-size experiments left, and a board to set beside it.
+
+``python -m benchmarks.reproduce`` writes records of long runs on a GPU. A
+chapter reads the latest one, and shows on a :class:`Scoreboard` what a paper
+reports, what the chapter itself measured and what the record holds. Where
+there is no record it says so, and no number.
+"""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+MISSING = "not yet recorded"
+FOLDER = pathlib.PurePath("benchmarks", "records")
+
+
+class Record(NamedTuple):
+    """A record of the full-size experiments."""
+
+    provenance: dict
+    """Device, versions, commit and date."""
+    runs: list[dict]
+    """Each with its experiment, variant, seed and settings, and what it
+    found: see benchmarks/README.md."""
+
+    def readings(
+        self, experiment: str, variant: str, reading: Callable[[dict], float]
+    ) -> list[float]:
+        """One number of each run that did not diverge.
+
+        Args:
+            experiment: such as ``"vgg"``.
+            variant: such as ``"batch norm"``.
+            reading: of a run, such as :func:`final_accuracy`.
+
+        Returns:
+            The numbers, in the order of the runs.
+        """
+        return [
+            reading(run)
+            for run in self.runs
+            if (run["experiment"], run["variant"]) == (experiment, variant)
+            and run["diverged_at"] is None
+        ]
+
+
+def latest(
+    folder: str | pathlib.Path | None = None, kind: str = "cuda"
+) -> Record | None:
+    """The newest record of the full-size experiments, or None.
+
+    Args:
+        folder: where the records are; by default ``benchmarks/records`` of
+            the checkout around the working directory.
+        kind: ``"cuda"`` or ``"cpu"``.
+
+    Returns:
+        The record. None where there is no folder or nothing in it.
+    """
+    here = pathlib.Path.cwd()
+    folders = [here / FOLDER, *(parent / FOLDER for parent in here.parents)]
+    chosen = [pathlib.Path(folder)] if folder is not None else folders
+    files = [
+        file
+        for place in chosen
+        for file in sorted(place.glob(f"reproduce-{kind}-*.json"))
+    ]
+    found = [json.loads(file.read_text("utf-8")) for file in files]
+    newest = max(found, key=lambda r: r["provenance"]["date"], default=None)
+    return newest and Record(newest["provenance"], newest["runs"])
+
+
+def final_accuracy(run: dict) -> float:
+    """The share of test images right at the end."""
+    return run["marks"][-1]["test_accuracy"]
+
+
+def final_loss(run: dict) -> float:
+    """The mean training loss of the last stretch."""
+    return run["loss"]["mean"][-1]
+
+
+def loss_range(run: dict) -> float:
+    """How far the loss went along a walk, the median over the training."""
+    rows = [mark["landscape"] for mark in run["marks"]]
+    return _median(
+        row["loss_high"] - row["loss_low"]
+        for row in rows
+        if None not in (row["loss_high"], row["loss_low"])
+    )
+
+
+def gradient_change(run: dict) -> float:
+    """How far the gradient went along a walk, the median over training."""
+    return _median(
+        mark["landscape"]["grad_change_high"] for mark in run["marks"]
+    )
+
+
+def largest_beta(run: dict) -> float:
+    """The effective beta, the largest over the training."""
+    found = [mark["landscape"]["beta"] for mark in run["marks"]]
+    return max((b for b in found if b is not None), default=math.nan)
+
+
+def cosine(run: dict) -> float:
+    """Of G and G', the median over the layers but the first, and training."""
+    return _median(
+        value for mark in run["marks"] for value in mark["shift"]["cosine"][1:]
+    )
+
+
+def _median(values: Iterable[float | None]) -> float:
+    kept = [value for value in values if value is not None]
+    return statistics.median(kept) if kept else math.nan
+
+
+def between(values: Sequence[float], digits: int = 2) -> str:
+    """Lowest and highest, to some significant digits, as text.
+
+    Of no values it says that there is no record.
+    """
+    if not len(values):
+        return MISSING
+    low, high = (
+        f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0e}"
+        for value in (min(values), max(values))
+    )
+    return low if low == high else f"{low} to {high}"
+
+
+class Scoreboard:
+    """A table: what a paper reports, what we measured, what is recorded.
+
+    Show it by naming it at the end of a cell.
+
+    Args:
+        rows: five texts each: the question, the paper's number, the
+            chapter's, the record's, and the verdict.
+        record: the record, whose device and date stand below the table.
+
+    Raises:
+        ValueError: a row of another length.
+    """
+
+    HEADER = ("", "paper", "here, CPU", "record, GPU", "verdict")
+
+    def __init__(
+        self, rows: Sequence[Sequence[str]], record: Record | None = None
+    ):
+        for row in rows:
+            if len(row) != len(self.HEADER):
+                raise ValueError(
+                    f"a row has {len(self.HEADER)} texts, got {len(row)}: "
+                    f"{tuple(row)}"
+                )
+        self.rows, self.record = [tuple(row) for row in rows], record
+
+    def __repr__(self) -> str:
+        verdicts = ", ".join(sorted({row[-1] for row in self.rows}))
+        return f"Scoreboard({len(self.rows)} rows: {verdicts})"
+
+    def _source(self) -> str:
+        if self.record is None:
+            return (
+                f"The full-size experiments are {MISSING}: "
+                "<code>python -m benchmarks.reproduce --data DIR --device "
+                "cuda</code> makes the record."
+            )
+        about = self.record.provenance
+        return escape(
+            f"The record is from {about['device']}, {about['date'][:10]}, "
+            f"torch {about['torch']}, commit {about['commit'][:7]}."
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col">{text}</th>' for text in self.HEADER)
+        body = "".join(
+            f'<tr><th scope="row">{escape(row[0])}</th>'
+            + "".join(f"<td>{escape(text)}</td>" for text in row[1:])
+            + "</tr>"
+            for row in self.rows
+        )
+        return (
+            '<div class="table-wrapper" style="overflow-x:auto">'
+            '<table class="table normlib-scoreboard"><thead><tr>'
+            f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            f"<p>{self._source()}</p>"
+        )
