@@ -254,24 +254,13 @@ _MOST = 32
 """Paths through a module that are followed, and decisions on each."""
 
 
-class _Value(fx.Proxy):
-    """Stands for a tensor, and says so to a model that asks what it is."""
+class Proxy(fx.Proxy):
+    """Stands for a value, and does not let the model change it unseen."""
 
-    @property
-    def __class__(self):
-        return Tensor
-
-    def __getattr__(self, k: str):
-        # Asked by isinstance(x, Parameter) and isinstance(x, Buffer).
-        return False if k in _KINDS else super().__getattr__(k)
-
-    def __setattr__(self, k: str, value: Any) -> None:
-        if k not in ("tracer", "node"):
-            raise TraceError(f"an assignment to {k!r} of a Proxy")
-        super().__setattr__(k, value)
-
-
-_KINDS = ("_is_param", "_is_buffer")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise TraceError(f"an assignment to {name!r} of a Proxy")
+        super().__setattr__(name, value)
 
 
 class _Tracer(fx.Tracer):
@@ -339,12 +328,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node):
         """What stands for the value of a node."""
-        return _Value(node, self)
-
-    def create_arg(self, a):
-        """The node that a value is of."""
-        # Before it is taken for the tensor that it says to be.
-        return a.node if isinstance(a, _Value) else super().create_arg(a)
+        return Proxy(node, self)
 
     def to_bool(self, obj):
         """The next answer."""

@@ -771,6 +771,31 @@ def test_models_that_other_tools_have_changed(change):
     assert_folded(model, X)
 
 
+@pytest.mark.parametrize("tensor", ["weight", "output"])
+def test_what_a_model_assigns_data_to_is_left(tensor):
+    """A stand-in for a tensor takes any attribute, and does not show it."""
+
+    def forward(self, x):
+        if tensor == "weight":
+            self.conv1.weight.data = self.conv2.weight.data * 2
+        y = self.conv1(x)
+        if tensor == "output":
+            y.data = x.data
+        return self.norm1(y)
+
+    assert "assignment to 'data'" in plan_folding(net(forward)).left["norm1"]
+    assert_folded(net(forward), X, left=2, example=X)
+
+
+def test_a_part_that_is_compiled_by_itself_is_looked_into():
+    """Asked for its truth, it asks for the length of what it holds."""
+    inside = Net(lambda self, x: self.norm(self.conv(x)), conv=conv())
+    inside.norm = nn.BatchNorm2d(4)
+    inside = torch.compile(inside, backend="eager")
+    _, plan = assert_folded(settled(nn.Sequential(inside, *pair())), X)
+    assert plan.folded["0._orig_mod.norm"] == "0._orig_mod.conv"
+
+
 def test_endless_decisions_end():
     def forward(self, x):
         while x.sum() > 0:
