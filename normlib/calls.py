@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 from torch.nn import Module, Sequential
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Example = Tensor | tuple | list | Mapping | None
@@ -396,11 +397,11 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: Module, seen: Seen) -> None:
         super().__init__()
         self.seen = seen
-        self.owner = {
-            id(tensor): name
+        self.own = {
+            name: {*map(id, _own(module))}
             for name, module in model.named_modules()
-            for tensor in _own(module)
         }
+        self.owner = {i: name for name, ids in self.own.items() for i in ids}
         self.made: dict[int, tuple[Tensor, Call]] = {}
         self.inside = 0
 
@@ -427,6 +428,8 @@ class _Watch(TorchFunctionMode):
             if id(x) in self.made:
                 call.source = self.made[id(x)][1]
             self.use(call, values)
+            if self.own[name] != {*map(id, _own(module))}:
+                self.seen.read.add(name)  # functional_call lent it others
             self.seen.calls.append(call)
         self.inside += 1
 
@@ -441,6 +444,20 @@ class _Watch(TorchFunctionMode):
         """After a call that others are told of: a forward hook."""
         if not self.inside:
             self.use(name, [*_leaves((args, kwargs, output))])
+
+
+class _WatchBelow(TorchDispatchMode):
+    """Notes the same of what no function in Python shows, as scripts, vmap."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.watch.inside:
+            self.watch.use(_title(func.overloadpacket), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _own(module: Module) -> Iterator[Tensor]:
@@ -497,7 +514,7 @@ def _observe(model: Module, seen: Seen, example: Example) -> None:
     else:
         single = isinstance(example, Tensor)
         args, kwargs = ((example,) if single else tuple(example)), {}
-    with watch:
+    with watch, _WatchBelow(watch):
         output = model(*args, **kwargs)
     watch.use("the output", [*_leaves(output)])
     names = {module: name for name, module in model.named_modules()}

@@ -787,6 +787,39 @@ def test_what_a_model_assigns_data_to_is_left(tensor):
     assert_folded(net(forward), X, left=2, example=X)
 
 
+def doubled(x):
+    return x * 2
+
+
+def through_script(self, x):
+    y = self.conv1(x)
+    return self.norm1(y) + torch.jit.script(doubled)(y)
+
+
+def through_vmap(self, x):
+    y = self.conv1(x)
+    return self.norm1(y) + torch.vmap(torch.sin)(y)
+
+
+def with_lent_weights(self, x):
+    lent = {"weight": self.conv2.weight}
+    return self.norm1(torch.func.functional_call(self.conv1, lent, x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (through_script, "the output of 'conv1' also goes to mul()"),
+        (through_vmap, "the output of 'conv1' also goes to sin()"),
+        (with_lent_weights, "'conv1' has tensors that are used outside of it"),
+    ],
+)
+def test_a_run_sees_what_no_function_in_python_does(forward, said):
+    _, plan = assert_folded(net(forward), X, left=2, example=X)
+    assert plan.left["norm1"] == said
+
+
 def test_a_part_that_is_compiled_by_itself_is_looked_into():
     """Asked for its truth, it asks for the length of what it holds."""
     inside = Net(lambda self, x: self.norm(self.conv(x)), conv=conv())
