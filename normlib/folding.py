@@ -106,6 +106,12 @@ def plan_folding(model: Module, example: Example = None) -> Folding:
     an example, a layer whose output has another shape is left, and a model
     that cannot be traced is looked at as a whole.
 
+    Tracing takes the model to be called by its ``forward``, its arguments
+    with a default all left out or all given, the others not None, and nothing
+    in ``*args`` and ``**kwargs``. It does not see the other way of a model
+    that asks ``isinstance(x, Tensor)`` or for a random number, counts its
+    calls, or catches the error of tracing. An example adds the way it takes.
+
     Args:
         model: with layers of batch norm of normlib or torch.nn. A copy of it
             is traced.
