@@ -10,11 +10,12 @@ They take models with the layers of normlib or of torch.nn.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from normlib.axes import channel_view, stat_axes
@@ -71,9 +72,10 @@ def recalibrate_batch_norm(
     Raises:
         TypeError: batches is a single tensor.
         ValueError: no batch; no layer of batch norm with running statistics,
-            or none that the batches reach; values that are not finite; a
-            layer whose ``running_var`` is not a variance; one value per
-            channel in the first batch.
+            or none that the batches reach; values that are not finite, or
+            whose statistics the layer's dtype cannot hold; a layer whose
+            ``running_var`` is not a variance, or that is lazy and has no
+            values yet; one value per channel in the first batch.
 
     Wu & Johnson (2021). Chapter 4.
     """
@@ -147,8 +149,11 @@ def freeze_batch_norm(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
     Raises:
         TypeError: a layer is of a subclass with a forward of its own, or
-            parametrized. Then nothing has changed.
-        ValueError: no layer of batch norm with running statistics.
+            parametrized.
+        ValueError: no layer of batch norm with running statistics, or one
+            that is lazy and has no values yet.
+
+    After these errors nothing has changed.
 
     Chapter 4.
     """
@@ -202,6 +207,12 @@ def _tracking(model: nn.Module) -> dict[nn.Module, str]:
             "no layer of batch norm with running statistics in "
             f"{_class(model)}"
         )
+    for layer, name in layers.items():
+        if is_lazy(layer.running_mean):
+            raise ValueError(
+                f"layer {name!r}, a {_class(layer)}, has no values yet: run "
+                "the model once first"
+            )
     return layers
 
 
@@ -256,8 +267,9 @@ def _watched(layers: dict) -> Iterator[dict[nn.Module, Population]]:
     seen = {layer: Population() for layer in layers}
 
     def before(layer, args, kwargs):
-        x = args[0] if args else kwargs["input"]
-        if x.dim() < 2 or x.numel() == 0:
+        values = (*args, *kwargs.values())
+        x = next((v for v in values if isinstance(v, Tensor)), None)
+        if x is None or x.dim() < 2 or x.numel() == 0:
             return  # the layer's own error is the better one
         batch = _moments(x.detach())
         if batch.count == 1:
@@ -370,14 +382,36 @@ def _check_seen(seen: dict[nn.Module, Population], layers: dict) -> None:
             raise ValueError(
                 f"layer {layers[layer]!r} received values that are not finite"
             )
+        if not all(new.isfinite().all() for _, new in _new(layer, found)):
+            raise ValueError(
+                f"layer {layers[layer]!r} received values whose statistics "
+                f"{layer.running_var.dtype} cannot hold"
+            )
 
 
 @torch.no_grad()
 def _store(seen: dict[nn.Module, Population]) -> None:
-    for layer, found in seen.items():
-        if found.count:
-            layer.running_mean.copy_(found.mean)
-            layer.running_var.copy_(found.unbiased_var)
+    """Move the running statistics: all or, after an error, none."""
+    moved = []
+    try:
+        for layer, found in seen.items():
+            for old, new in _new(layer, found) if found.count else ():
+                moved.append((old, old.clone()))
+                old.copy_(new)
+    except BaseException:
+        for buffer, value in moved:
+            with suppress(RuntimeError):  # the one that takes no value
+                buffer.copy_(value)
+        raise
+
+
+def _new(layer: nn.Module, found: Population) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics, and what they are to be, in their dtype."""
+    pairs = (
+        (layer.running_mean, found.mean),
+        (layer.running_var, found.unbiased_var),
+    )
+    return [(old, new.to(old)) for old, new in pairs]
 
 
 def _class(module: nn.Module) -> str:

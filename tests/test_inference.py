@@ -206,6 +206,44 @@ def test_after_an_error_the_model_is_as_it_was(library, batches, error, match):
     assert_unchanged(model, before)
 
 
+def test_what_takes_no_new_value_leaves_the_others_as_they_were():
+    """The statistics of all layers move, or of none."""
+    for make in (lambda v: v[:1].expand(5), inference_copy):
+        model = network(torch.nn)
+        model[6].running_var = make(model[6].running_var)
+        before = state_of(model)
+        with pytest.raises(RuntimeError, match=r"inference|single memory"):
+            recalibrate_batch_norm(model, image_batches(8))
+        assert_unchanged(model, before)
+
+
+def inference_copy(value):
+    with torch.inference_mode():
+        return value.clone()
+
+
+@pytest.mark.parametrize("scale", [1e3, 6e4])
+def test_statistics_beyond_the_range_of_a_dtype_are_refused(scale):
+    """1e6 is more than float16 holds, also where the values are less."""
+    layer = normlib.BatchNorm1d(3, dtype=torch.float16)
+    x = (values(64, 3) * scale).clamp(-6e4, 6e4).half()
+    with pytest.raises(ValueError, match=r"torch.float16 cannot hold"):
+        recalibrate_batch_norm(layer, [x])
+    assert_close(layer.running_var, torch.ones(3))
+
+
+@pytest.mark.parametrize("call", [freeze_batch_norm, lambda m: recalibrate(m)])
+def test_a_lazy_layer_is_refused_until_it_has_values(call):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"layer '1', .* has no values yet"):
+        call(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    assert type(model[1]) is nn.LazyBatchNorm1d
+    assert all(p.requires_grad for p in model.parameters())
+    model(values(4, 3))
+    call(model)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -485,6 +523,24 @@ def test_a_subclass_with_its_own_forward_is_recalibrated():
     recalibrate_batch_norm(model, [x])
     z = nn.functional.batch_norm(x, None, None, training=True).relu()
     assert_close(model[1].running_mean, z.mean(0))
+
+
+def test_a_layer_may_name_its_input_as_it_likes():
+    class Named(nn.BatchNorm1d):
+        def forward(self, mask=None, values=None):
+            return super().forward(values)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Named(3)
+
+        def forward(self, x):
+            return self.norm(mask=None, values=x)
+
+    model, x = Model(), values(16, 3)
+    recalibrate_batch_norm(model, [x])
+    assert_close(model.norm.running_mean, x.mean(0))
 
 
 def test_everything_public_is_listed():
