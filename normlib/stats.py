@@ -70,8 +70,13 @@ class Moments(NamedTuple):
         """The moments of both samples together.
 
         Chan, Golub & LeVeque (1979): the mean moves by the share of the
-        newcomers, and the variance gains what lies between the two means.
+        newcomers, and the variance gains what lies between the two means. An
+        empty sample adds nothing.
         """
+        if other.count == 0:
+            return self
+        if self.count == 0:
+            return other
         count = self.count + other.count
         share = other.count / count
         delta = other.mean - self.mean
@@ -303,7 +308,9 @@ class Population:
         _check_batch(batch, None if seen is None else seen.mean, False)
         if batch.count == 0:
             return
-        batch = Moments(batch.count, batch.mean.double(), batch.var.double())
+        # Copies, so that no graph is kept, nor what others may change.
+        mean, var = (t.to(torch.float64, copy=True) for t in batch[1:])
+        batch = Moments(batch.count, mean, var)
         self._moments = batch if seen is None else seen.merge(batch)
 
     @property
@@ -314,12 +321,12 @@ class Population:
     @property
     def mean(self) -> Tensor:
         """The mean of all values."""
-        return self._seen.mean
+        return self._seen.mean.clone()
 
     @property
     def var(self) -> Tensor:
         """The biased variance of all values."""
-        return self._seen.var
+        return self._seen.var.clone()
 
     @property
     def unbiased_var(self) -> Tensor:

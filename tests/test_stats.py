@@ -240,7 +240,30 @@ def test_a_momentum_is_a_weight(momentum):
         ExponentialAverage(momentum)
 
 
-def test_an_estimate_keeps_no_graph():
+@ESTIMATES
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_estimate_keeps_no_graph(make, batches):
     x = sample(5).requires_grad_()
-    for make in (ExponentialAverage, CumulativeAverage, Population):
-        assert not updated(make(), [x, x]).var.requires_grad
+    estimate = updated(make(), [x] * batches)
+    assert not estimate.mean.requires_grad
+    assert not estimate.var.requires_grad
+
+
+@ESTIMATES
+def test_an_estimate_shares_no_memory(make):
+    batch, estimate = Moments.of(sample(5), [0]), make()
+    estimate.update(batch)
+    mean, var = estimate.mean.clone(), estimate.var.clone()
+    for tensor in (batch.mean, batch.var, estimate.mean, estimate.var):
+        tensor.add_(1)
+    assert_close(estimate.mean, mean, tolerance=0)
+    assert_close(estimate.var, var, tolerance=0)
+
+
+def test_an_empty_sample_adds_nothing():
+    empty, some = Moments.of(sample(0), [0]), Moments.of(sample(4), [0])
+    for merged in (empty.merge(some), some.merge(empty)):
+        assert merged.count == 4
+        assert_close(merged.mean, some.mean, tolerance=0)
+        assert_close(merged.var, some.var, tolerance=0)
+    assert empty.merge(empty).count == 0
