@@ -6,7 +6,8 @@ holds keyword arguments. Tensors are moved to the model. It computes with
 copies of the parameters and buffers, in the mode that the model is in, and
 leaves behind what it found, also after an exception: parameters, their
 ``.grad``, buffers, modes, and torch's random state. What is returned lies on
-the CPU, in float64.
+the CPU, in float64. A compiled model runs as it was written; one with a
+ScriptModule inside is refused (TypeError).
 """
 
 import math
@@ -287,11 +288,9 @@ def layer_profile(
     wanted = _leaves(model) if layers is None else tuple(layers)
     if missed := set(wanted) - set(modules):
         raise ValueError(f"the model has no modules {sorted(missed)}")
-    watched = _Watched()
+    watched, state, names = _Watched(), _state(model), _names(model)
     with _hooked(h for n in wanted for h in watched.register(n, modules[n])):
-        _, grads = _gradient(
-            model, loss_fn, batch, _state(model), _names(model)
-        )
+        _, grads = _gradient(model, loss_fn, batch, state, names)
     called = tuple(row["layer"] for row in watched.rows)
     kinds = tuple(type(modules[name]).__name__ for name in called)
     own = [[n for n in _own(modules[c], c) if n in grads] for c in called]
@@ -472,6 +471,12 @@ def gradient_noise(
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, without their history."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{name or 'the model'!r} is a ScriptModule, which would go "
+                "on with its own parameters: give the module it was made of"
+            )
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in state.items()}
 
@@ -526,7 +531,9 @@ def _call(model: nn.Module, state: dict[str, Tensor], batch) -> tuple:
     device = next(iter(state.values())).device
     x, *rest = (_to(device, part) for part in _parts(batch))
     given = ((), dict(x)) if isinstance(x, Mapping) else ((x,), None)
-    return functional_call(model, state, *given), *rest
+    # Code that was compiled without the hooks would not call them.
+    with torch.compiler.set_stance("force_eager"):
+        return functional_call(model, state, *given), *rest
 
 
 def _to(device: torch.device, part):
@@ -559,6 +566,7 @@ def _gradient(
         grads = [torch.zeros_like(leaf) for leaf in leaves]
         if loss.requires_grad:  # else it depends on none of them
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    grads = [g.to_dense() if g.is_sparse else g for g in grads]
     return loss.item(), dict(zip(names, grads, strict=True))
 
 
@@ -593,12 +601,13 @@ class _Watched:
 
 @contextmanager
 def _hooked(handles) -> Iterator[None]:
-    """Remove the hooks at the end."""
-    handles = list(handles)
+    """Remove the hooks at the end, also where one could not be made."""
+    hung = []
     try:
+        hung.extend(handles)
         yield
     finally:
-        for handle in handles:
+        for handle in hung:
             handle.remove()
 
 

@@ -658,6 +658,39 @@ def test_a_shared_layer_counts_once():
     assert walk.grad_change > 0
 
 
+def test_a_compiled_model_is_looked_into():
+    """Its code, compiled before, calls no hooks."""
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    compiled(BATCH[0])
+    profiles = [
+        diagnostics.layer_profile(m, cross_entropy, BATCH)
+        for m in (model, compiled)
+    ]
+    assert profiles[1].kinds == profiles[0].kinds
+    assert_close(profiles[1].gradient, profiles[0].gradient)
+
+
+def test_a_sparse_gradient_is_one_like_others():
+    def model(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3)
+        ).double()
+
+    batch = classes(32).reshape(16, 2), BATCH[1]
+    told = [
+        (
+            diagnostics.gradient_walk(m, cross_entropy, batch, [0.5]).beta,
+            diagnostics.gradient_noise(m, cross_entropy, batch, [4]).variance,
+            diagnostics.layer_profile(m, cross_entropy, batch).weight_gradient,
+        )
+        for m in map(model, (False, True))
+    ]
+    for one, other in zip(*told, strict=True):
+        assert_close(torch.as_tensor(one), torch.as_tensor(other))
+
+
 # What is refused
 
 
@@ -717,6 +750,17 @@ def test_a_shared_layer_counts_once():
 def test_what_cannot_be_measured_is_refused_with_its_name(call, told):
     with pytest.raises(ValueError, match=told):
         call(network())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_scripted_part_is_refused_by_name(call):
+    """It keeps its parameters, whichever it is lent."""
+    model = network()
+    model[3] = torch.jit.script(model[3])
+    with pytest.raises(TypeError, match="'3' is a ScriptModule"):
+        call(model, cross_entropy, BATCH)
+    assert not any(m._forward_hooks for m in model if m is not model[3])
 
 
 def test_a_layer_that_is_not_called_is_refused_by_name():
