@@ -29,10 +29,12 @@ ALLOWED = {
     "training": {"data", "models"},
     "plotting": set(),
     "explore": {"axes"},
+    "blocks": set(),
     "records": set(),
     "testing": set(),
     "exercises": CORE
-    | {"variants", "inference", "models", "data", "training", "testing"},
+    | {"variants", "inference", "models", "data", "training", "testing"}
+    | {"blocks"},
 }
 
 
