@@ -61,17 +61,32 @@ def latest(
     Returns:
         The record. None where there is no folder or nothing in it.
     """
+    newest = _newest(f"reproduce-{kind}-*.json", folder)
+    return newest and Record(newest["provenance"], newest["runs"])
+
+
+def latest_speed(
+    folder: str | pathlib.Path | None = None, kind: str = "cpu"
+) -> dict | None:
+    """The newest record of ``python -m benchmarks.speed``, or None.
+
+    Args:
+        folder: as in :func:`latest`.
+        kind: ``"cuda"`` or ``"cpu"``.
+
+    Returns:
+        The record as it was written: see benchmarks/README.md.
+    """
+    return _newest(f"speed-{kind}-*.json", folder)
+
+
+def _newest(pattern: str, folder: str | pathlib.Path | None) -> dict | None:
     here = pathlib.Path.cwd()
     folders = [here / FOLDER, *(parent / FOLDER for parent in here.parents)]
     chosen = [pathlib.Path(folder)] if folder is not None else folders
-    files = [
-        file
-        for place in chosen
-        for file in sorted(place.glob(f"reproduce-{kind}-*.json"))
-    ]
+    files = [f for place in chosen for f in sorted(place.glob(pattern))]
     found = [json.loads(file.read_text("utf-8")) for file in files]
-    newest = max(found, key=lambda r: r["provenance"]["date"], default=None)
-    return newest and Record(newest["provenance"], newest["runs"])
+    return max(found, key=lambda r: r["provenance"]["date"], default=None)
 
 
 def final_accuracy(run: dict) -> float:

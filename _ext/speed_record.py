@@ -1,0 +1,133 @@
+"""``{speed-record}``: what is fastest for which layer, by the latest records.
+
+A table for each kind of device from the records of ``python -m
+benchmarks.speed``: float32, forward and backward, one line a layer and shape,
+with the device, the date and the commit that the times come from.
+"""
+
+import json
+import pathlib
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
+NAMES = {"torch": "torch.nn", "compiled": "torch.compile"}
+NONE = """\
+*On {kind}:* not yet recorded. `python -m benchmarks.speed --device {name}` \
+measures it."""
+HEAD = """\
+*On {kind}:* {device}, {date} (torch {torch}, {threads} threads, commit \
+{commit}). Forward and backward in float32, medians in milliseconds; the \
+formula is the plain one, operation by operation. A plain copy moves \
+{copy:.0f} GB/s there.
+
+| layer and shape | formula | torch.nn | normlib | times torch.nn | fastest |
+|---|---|---|---|---|---|
+"""
+ROW = "| {title} | {eager} | {torch:.2f} | {ours:.2f} | {ratio:.2f} | {best} |"
+CLOSE = 1.05
+"""What is not faster by more than this is called equal."""
+
+
+def latest(folder, kind):
+    """Return the newest record of the speed on a kind of device, or None."""
+    files = sorted(folder.glob(f"speed-{kind}-*.json"))
+    records = [json.loads(file.read_text("utf-8")) for file in files]
+    return max(records, key=lambda r: r["provenance"]["date"], default=None)
+
+
+def fastest(results):
+    """Name what to use; where nothing is clearly faster, say so."""
+    given = {
+        "torch": 1.0,
+        "normlib": results["normlib"]["ratio"],
+        **{k: results[k]["ratio"] for k in ("compiled",) if k in results},
+    }
+    best = max(given, key=given.get)
+    others = [ratio for name, ratio in given.items() if name != best]
+    if given[best] <= CLOSE * max(others):
+        return "no difference"
+    return f"**{NAMES.get(best, best)}**"
+
+
+def table(record):
+    """Return a record as MyST: where it is from, and a row for each line."""
+    about = record["provenance"]
+    head = HEAD.format(
+        kind=KINDS[about["kind"]],
+        device=about["device"],
+        date=about["date"][:10],
+        torch=about["torch"],
+        threads=about["threads"],
+        commit=about["commit"][:7],
+        copy=record["copy_gbs"],
+    )
+    rows = []
+    for line in record["speed"]:
+        if (line["pass"], line["dtype"]) != ("both", "float32"):
+            continue
+        told = line["results"]
+        eager = told.get("eager")
+        rows.append(
+            ROW.format(
+                title=title(line),
+                eager=f"{eager['ms'][1]:.2f}" if eager else "",
+                torch=told["torch"]["ms"][1],
+                ours=told["normlib"]["ms"][1],
+                ratio=told["normlib"]["ratio"],
+                best=fastest(told),
+            )
+        )
+    return head + "\n".join(rows)
+
+
+def title(line):
+    """The layer and its shape as a reader would write them."""
+    told = f"{line['layer']} {'×'.join(map(str, line['shape']))}"
+    options = line["options"]
+    words = []
+    if "num_groups" in options:
+        words.append(f"{options['num_groups']} groups")
+    if options.get("affine"):
+        words.append("affine")
+    if options.get("elementwise_affine") is False:
+        words.append("no affine")
+    words += ["channels last"] * line["channels_last"]
+    words += ["evaluation"] * (not line["training"])
+    return f"{told} ({', '.join(words)})" if words else told
+
+
+def page(folder):
+    """Return what the folder's records say, as MyST."""
+    parts = []
+    for name, kind in KINDS.items():
+        record = latest(folder, name)
+        parts.append(
+            NONE.format(kind=kind, name=name)
+            if record is None
+            else table(record)
+        )
+    return "\n\n".join(parts)
+
+
+class SpeedRecord(SphinxDirective):
+    """Show which kernel is fastest for which layer."""
+
+    def run(self):
+        """Write the tables as MyST and let MyST parse them."""
+        folder = pathlib.Path(self.env.srcdir) / "benchmarks" / "records"
+        self.env.note_dependency(str(folder))
+        box = nodes.container(classes=["speed-record"])
+        lines = page(folder).splitlines()
+        self.state.nested_parse(
+            StringList(lines, str(folder)), self.content_offset, box
+        )
+        return [box]
+
+
+def setup(app):
+    """Register the directive."""
+    app.add_directive("speed-record", SpeedRecord)
+    return {"version": "1", "parallel_read_safe": True}
