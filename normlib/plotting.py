@@ -431,3 +431,109 @@ def pictures(images: dict, columns: int = 3):
     for ax in axes.flat:
         ax.axis("off")
     return list(axes.flat[: len(images)])
+
+
+def error_curves(x, measured: dict, laws: dict | None = None, ax=None):
+    """Errors on two logarithmic axes, and the laws they should follow.
+
+    Args:
+        x: (points,), what the error depends on.
+        measured: label to (a key of :data:`COLORS`, (points,) errors); a
+            line with dots, broken where the error is NaN. An error of 0,
+            which such an axis cannot show, is drawn at the smallest float64
+            spacing, 1e-16.
+        laws: likewise; drawn dotted, without an entry in the legend.
+        ax: axes to draw on.
+
+    Returns:
+        The axes.
+
+    Chapter 9.
+    """
+    ax = ax or plt.gca()
+    for color, law in (laws or {}).values():
+        ax.plot(x, law, ":", color=COLORS[color], lw=1.2)
+    for label, (color, errors) in measured.items():
+        errors = numpy.maximum(errors, 1e-16)
+        ax.plot(
+            x, errors, "o-", color=COLORS[color], ms=2.6, lw=1, label=label
+        )
+    ax.set(xscale="log", yscale="log")
+    ax.legend()
+    return ax
+
+
+def roofline(peak: float, bandwidth: float, points: dict, ax=None):
+    """How fast a program can be, given how much it computes with each byte.
+
+    Args:
+        peak: the most operations a second.
+        bandwidth: the most bytes a second.
+        points: label to (a key of :data:`COLORS`, operations for each byte,
+            operations a second).
+        ax: axes to draw on.
+
+    Returns:
+        The axes, in operations a second over operations for each byte, both
+        logarithmic.
+
+    Chapter 10.
+    """
+    ax = ax or plt.gca()
+    ridge = peak / bandwidth
+    reach = [intensity for _, intensity, _ in points.values()]
+    low, high = min([*reach, ridge]) / 2, max([*reach, ridge]) * 3
+    ax.plot(
+        [low, ridge, high], [low * bandwidth, peak, peak], color=COLORS["none"]
+    )
+    for label, (color, intensity, speed) in points.items():
+        ax.plot(intensity, speed, "o", ms=7, color=COLORS[color], label=label)
+    style = {"fontsize": 8.5, "color": COLORS["none"]}
+    middle = (low * ridge) ** 0.5
+    ax.annotate(
+        "memory's limit",
+        (middle, middle * bandwidth),
+        (-6, 6),
+        textcoords="offset points",
+        ha="right",
+        **style,
+    )
+    ax.annotate(
+        "arithmetic's limit",
+        (high, peak),
+        (0, 4),
+        textcoords="offset points",
+        ha="right",
+        **style,
+    )
+    ax.set(xscale="log", yscale="log")
+    ax.legend(loc="lower right")
+    return ax
+
+
+def speed_ratios(ratios: dict, names: dict, ax=None):
+    """How many times as fast as another program, a line for each case.
+
+    Args:
+        ratios: case to {name: ratio}; 1 is as fast as the other.
+        names: name to (a key of :data:`COLORS`, label in the legend).
+        ax: axes to draw on.
+
+    Returns:
+        The axes, with a logarithmic scale.
+
+    Chapter 10.
+    """
+    ax = ax or plt.gca()
+    cases = list(ratios)
+    for name, (color, label) in names.items():
+        found = [(ratios[c].get(name), i) for i, c in enumerate(cases)]
+        x, y = zip(*[p for p in found if p[0] is not None], strict=True)
+        ax.plot(x, y, "o", color=COLORS[color], label=label, ms=5)
+    ax.axvline(1, color=COLORS["none"], lw=1)
+    ax.set_yticks(range(len(cases)), cases)
+    ax.invert_yaxis()
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
+    return ax

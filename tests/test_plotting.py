@@ -111,3 +111,17 @@ def test_pictures_shows_every_image_with_its_title():
         shown = ax.images[0].get_array()
         assert shown.shape == (4, 5, 3)
         assert shown.max() == 1
+
+
+def test_error_curves_show_errors_laws_and_what_has_no_logarithm():
+    x = numpy.array([1.0, 10.0, 100.0])
+    errors = numpy.array([0.0, 1e-3, numpy.nan])
+    ax = plotting.error_curves(
+        x, {"one": ("batch", errors)}, {"law": ("batch", x**2)}
+    )
+    law, line = ax.lines
+    numpy.testing.assert_array_equal(law.get_ydata(), x**2)
+    numpy.testing.assert_array_equal(
+        line.get_ydata(), [1e-16, 1e-3, numpy.nan]
+    )
+    assert [t.get_text() for t in ax.get_legend().texts] == ["one"]
