@@ -7,7 +7,8 @@ copies of the parameters and buffers, in the mode that the model is in, and
 leaves behind what it found, also after an exception: parameters, their
 ``.grad``, buffers, modes, and torch's random state. What is returned lies on
 the CPU, in float64. A compiled model runs as it was written; one with a
-ScriptModule inside is refused (TypeError).
+ScriptModule inside is refused (TypeError). As everywhere in torch.autograd,
+no gradient is read through a checkpoint with ``use_reentrant=True``.
 """
 
 import math
@@ -526,14 +527,37 @@ def _parts(batch) -> list:
     return list(batch) if isinstance(batch, (tuple, list)) else [batch]
 
 
-def _call(model: nn.Module, state: dict[str, Tensor], batch) -> tuple:
-    """The output of the model in a state, and what follows x in the batch."""
-    device = next(iter(state.values())).device
-    x, *rest = (_to(device, part) for part in _parts(batch))
-    given = ((), dict(x)) if isinstance(x, Mapping) else ((x,), None)
+class _Lent(nn.Module):
+    """A model, and what is done with it while a state is lent to it.
+
+    The backward pass, too: checkpoints run the model again in it, and a loss
+    may look at the parameters.
+    """
+
+    def __init__(self, model: nn.Module, work: Callable) -> None:
+        super().__init__()
+        self.model, self.work = model, work
+
+    def forward(self):
+        return self.work()
+
+
+def _lend(model: nn.Module, state: dict[str, Tensor], work: Callable):
+    """What work() returns while the model is in a state."""
+    lent = {f"model.{name}": tensor for name, tensor in state.items()}
     # Code that was compiled without the hooks would not call them.
     with torch.compiler.set_stance("force_eager"):
-        return functional_call(model, state, *given), *rest
+        return functional_call(_Lent(model, work), lent, ())
+
+
+def _call(model: nn.Module, device: torch.device, batch) -> tuple:
+    """The output of the model, and what follows x in the batch."""
+    x, *rest = (_to(device, part) for part in _parts(batch))
+    return (model(**x) if isinstance(x, Mapping) else model(x)), *rest
+
+
+def _device(state: dict[str, Tensor]) -> torch.device:
+    return next(iter(state.values())).device
 
 
 def _to(device: torch.device, part):
@@ -554,20 +578,29 @@ def _gradient(
 
     Called again, it draws the same noise, unless told otherwise.
     """
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    leaves = [state[name].requires_grad_() for name in names]
     aside = _put_back(model) if same_noise else nullcontext()
-    with aside, torch.enable_grad():
-        loss = loss_fn(*_call(model, state, batch))
-        if loss.numel() != 1:
-            raise ValueError(
-                f"the loss has shape {tuple(loss.shape)}, not one number"
-            )
-        grads = [torch.zeros_like(leaf) for leaf in leaves]
-        if loss.requires_grad:  # else it depends on none of them
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    grads = [g.to_dense() if g.is_sparse else g for g in grads]
+    with aside, torch.inference_mode(False), torch.enable_grad():
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        leaves = [state[name].requires_grad_() for name in names]
+
+        def work():
+            loss = loss_fn(*_call(model, _device(state), batch))
+            return loss, _gradients(loss, leaves)
+
+        loss, grads = _lend(model, state, work)
     return loss.item(), dict(zip(names, grads, strict=True))
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of one number, dense; zero where it depends on nothing."""
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)}, not one number"
+        )
+    if not loss.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return [g.to_dense() if g.is_sparse else g for g in grads]
 
 
 class _Watched:
@@ -579,13 +612,13 @@ class _Watched:
 
     def register(self, name: str, module: nn.Module) -> list:
         return [
-            module.register_forward_pre_hook(self._before),
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(partial(self._after, name)),
         ]
 
-    def _before(self, module, inputs) -> None:
+    def _before(self, module, args, kwargs) -> None:
         # Now, because an activation function may overwrite its input.
-        self._flat.append(_flat(module, inputs))
+        self._flat.append(_flat(module, [*args, *kwargs.values()]))
 
     def _after(self, name, module, inputs, output) -> None:
         flat, output = self._flat.pop(), _first_tensor(output)
@@ -637,7 +670,7 @@ def _inputs(model, batch, state, layers, axis) -> dict[str, Tensor]:
             for name in layers
         ),
     ):
-        _call(model, state, batch)
+        _lend(model, state, lambda: _call(model, _device(state), batch))
     return {name: torch.cat(parts, 1) for name, parts in seen.items()}
 
 

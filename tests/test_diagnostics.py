@@ -9,6 +9,7 @@ import torch
 from devices import DEVICES
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import normlib
 from normlib import diagnostics, models, variants
@@ -336,6 +337,21 @@ def test_flat_is_the_share_where_the_slope_is_small(act, inputs, flat):
     assert profile.kinds[1] == type(act).__name__
     assert profile.flat[1].item() == pytest.approx(flat, nan_ok=True)
     assert profile.gradient.isfinite().all()
+
+
+def test_an_activation_may_be_given_its_input_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 3).double(), nn.ReLU(True)
+
+        def forward(self, x):
+            return self.act(input=self.linear(x))
+
+    model = Named()
+    profile = diagnostics.layer_profile(model, cross_entropy, BATCH)
+    dead = (model.linear(BATCH[0]) < 0).double().mean()
+    assert_close(profile.flat[1], dead)
 
 
 def test_a_profile_is_in_the_order_of_the_calls():
@@ -669,6 +685,51 @@ def test_a_compiled_model_is_looked_into():
     ]
     assert profiles[1].kinds == profiles[0].kinds
     assert_close(profiles[1].gradient, profiles[0].gradient)
+
+
+def test_a_checkpoint_is_computed_again_in_the_same_state():
+    """In the backward pass, with the state and the noise of the forward."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            self.net.insert(2, nn.Dropout())
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    model = Checkpointed()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    told = [
+        diagnostics.gradient_walk(m, cross_entropy, BATCH, [0.1, 2.0])
+        for m in (model.net, model)
+    ]
+    assert_close(told[1].grad_change, told[0].grad_change)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_loss_may_look_at_the_parameters():
+    """A penalty is that of the state in which the model is."""
+    model = nn.Linear(3, 1, bias=False).double()
+
+    def penalty(output):
+        return model.weight.square().sum() / 2
+
+    walk = diagnostics.gradient_walk(model, penalty, draw(4, 3), [0.5])
+    assert walk.beta == pytest.approx(1)
+    start = model.weight.square().sum().item() / 2
+    assert walk.loss.item() == pytest.approx(0.25 * start)
+
+
+def test_gradients_are_taken_in_inference_mode_too():
+    model = network()
+    expected = diagnostics.gradient_walk(model, cross_entropy, BATCH, [0.5])
+    with torch.inference_mode():
+        walk = diagnostics.gradient_walk(model, cross_entropy, BATCH, [0.5])
+    assert_close(walk.grad_change, expected.grad_change)
+    assert walk.beta == pytest.approx(expected.beta)
 
 
 def test_a_sparse_gradient_is_one_like_others():
