@@ -125,3 +125,23 @@ def test_error_curves_show_errors_laws_and_what_has_no_logarithm():
         line.get_ydata(), [1e-16, 1e-3, numpy.nan]
     )
     assert [t.get_text() for t in ax.get_legend().texts] == ["one"]
+
+
+def test_roofline_is_as_high_as_memory_and_arithmetic_allow():
+    ax = plotting.roofline(100.0, 10.0, {"norm": ("layer", 1.0, 8.0)})
+    roof, point = ax.lines
+    x, y = roof.get_data()
+    numpy.testing.assert_allclose(y, numpy.minimum(10.0 * x, 100.0))
+    assert x[1] == 10.0
+    numpy.testing.assert_array_equal(point.get_xydata(), [[1.0, 8.0]])
+
+
+def test_speed_ratios_show_a_dot_for_what_was_measured():
+    ratios = {"a": {"us": 2.0, "them": 0.5}, "b": {"us": 1.5}}
+    names = {"us": ("batch", "ours"), "them": ("none", "theirs")}
+    ax = plotting.speed_ratios(ratios, names)
+    ours, theirs, one = ax.lines
+    numpy.testing.assert_array_equal(ours.get_xydata(), [[2.0, 0], [1.5, 1]])
+    numpy.testing.assert_array_equal(theirs.get_xydata(), [[0.5, 0]])
+    assert list(one.get_xdata()) == [1, 1]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]

@@ -14,6 +14,7 @@ _CHAPTERS = (
     "chapter_04",
     "chapter_05",
     "chapter_09",
+    "chapter_10",
 )
 _exercises: dict[str, tuple[Callable, tuple[str, ...]]] = {}
 
