@@ -584,7 +584,10 @@ def _bessel(count: int | None) -> float:
 
 
 def _tensor(array) -> Tensor | None:
-    return None if array is None else torch.tensor(numpy.asarray(array))
+    if array is None:
+        return None
+    tensor = torch.tensor(numpy.asarray(array))
+    return tensor if tensor.is_floating_point() else tensor.float()
 
 
 def _array(tensor: Tensor) -> numpy.ndarray:

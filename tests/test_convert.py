@@ -825,6 +825,12 @@ def test_the_layer_has_the_arrays_dtype_and_its_own_memory():
     assert weights[0].dtype == numpy.float32
 
 
+def test_whole_numbers_are_numbers():
+    layer = convert.from_keras_batch_norm({}, [[1, 2], [0, 0], [3, 4], [1, 1]])
+    assert layer.weight.dtype == torch.float32
+    assert layer.running_mean.tolist() == [3, 4]
+
+
 def test_bfloat16_leaves_in_float32():
     layer = normlib.BatchNorm(3, dtype=torch.bfloat16)
     _, weights = convert.to_keras_batch_norm(layer)
