@@ -248,17 +248,20 @@ def _without_statistics(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _statistics_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Give running statistics the values back that they have now."""
+    """Give running statistics the values back that they have now.
+
+    Into the buffers that there are then: ``model.half()`` makes others.
+    """
     kept = [
-        (buffer, buffer.clone())
+        (layer, name, layer.get_buffer(name).clone())
         for layer in layers
-        for buffer in (layer.running_mean, layer.running_var)
+        for name in ("running_mean", "running_var")
     ]
     try:
         yield
     finally:
-        for buffer, value in kept:
-            buffer.data.copy_(value)
+        for layer, name, value in kept:
+            layer.get_buffer(name).data.copy_(value)
 
 
 @contextmanager

@@ -278,6 +278,23 @@ def test_a_last_batch_of_one_is_normalized_by_what_came_before(library):
     assert_close(second.running_var, z.var(0), tolerance=1e-5)
 
 
+@LIBRARIES
+def test_after_a_batch_of_one_the_next_is_normalized_by_itself(library):
+    x = values(24, 3, mean=3)
+    parts = [x[:8], x[8:9], x[9:] * 5]
+    model = nn.Sequential(library.BatchNorm1d(3), nn.ReLU())
+    model.append(library.BatchNorm1d(3))
+    recalibrate_batch_norm(model, parts)
+    z = [
+        nn.functional.batch_norm(p, None, None, training=True)
+        for p in parts[::2]
+    ]
+    one = (parts[1] - x[:8].mean(0)) / (x[:8].var(0) + 1e-5).sqrt()
+    z = torch.cat([z[0], one, z[1]]).relu()
+    assert_close(model[2].running_mean, z.mean(0), tolerance=1e-5)
+    assert_close(model[2].running_var, z.var(0), tolerance=1e-5)
+
+
 def test_a_branch_that_is_not_reached_keeps_its_statistics():
     class Auxiliary(nn.Module):
         def __init__(self):
@@ -417,6 +434,16 @@ def test_without_batches_each_test_batch_is_its_own_domain(library):
     for m in model.modules():
         m.train(isinstance(m, normlib.modules.BATCH_NORMS))
     assert_close(got, model(x))
+
+
+def test_a_model_that_changes_its_dtype_inside_gets_its_statistics_back():
+    layer = normlib.BatchNorm1d(3)
+    layer.running_mean.copy_(values(3))
+    expected = layer.running_mean.clone()
+    with adapt_batch_norm(layer, [values(8, 3)]):
+        layer.double()
+    assert layer.running_mean.dtype == torch.float64
+    assert_close(layer.running_mean, expected, tolerance=0)
 
 
 @pytest.mark.parametrize("batches", [None, image_batches(4)])

@@ -52,6 +52,12 @@ def test_however_a_sample_is_cut_its_parts_merge_to_the_whole(cuts, mean):
     assert_close(merged.var, whole.var, tolerance=1e-9)
 
 
+def test_an_infinite_mean_is_infinite():
+    m = Moments.of(torch.tensor([1.0, torch.inf, -2.0]), [0])
+    assert m.mean == torch.inf
+    assert m.var.isnan()
+
+
 def test_merging_does_not_care_about_the_order():
     a, b = Moments.of(sample(5, 1), [0]), Moments.of(sample(9, 2, 4.0), [0])
     assert_close(a.merge(b).var, b.merge(a).var)
@@ -149,6 +155,16 @@ def test_a_decay_weighs_the_past_and_the_variance_is_biased():
     assert_close(average.mean.flatten(), mean)
     assert_close(average.var.flatten(), var)
     assert average.missing == pytest.approx(0.99**2)
+
+
+def test_a_decay_can_be_without_the_start_and_unbiased():
+    (x,) = drifting(5)
+    for unbiased in (False, True):
+        average = ExponentialAverage.with_decay(
+            0.9, unbiased=unbiased, debias=True
+        )
+        var = updated(average, [x]).var
+        assert_close(var.flatten(), x.var(0, correction=int(unbiased)))
 
 
 @pytest.mark.parametrize("momentum", [0.01, 0.5, 1.0])
