@@ -517,6 +517,14 @@ def test_a_frozen_layer_stays_so_through_copies_and_pickles():
     assert_close(frozen(x), model(x), tolerance=1e-5)
 
 
+def test_a_frozen_layer_can_be_made_like_any_other():
+    layer = FrozenBatchNorm(3, eps=0.1)
+    assert not layer.training
+    x = values(4, 3)
+    assert_close(nn.Sequential(layer).train()(x), x / 1.1**0.5)
+    assert layer.num_batches_tracked == 0
+
+
 def test_what_cannot_be_frozen_is_named_and_nothing_changes():
     class Activated(nn.BatchNorm2d):
         def forward(self, x):
