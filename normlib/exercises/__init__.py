@@ -13,6 +13,7 @@ _CHAPTERS = (
     "chapter_02",
     "chapter_04",
     "chapter_05",
+    "chapter_06",
     "chapter_09",
     "chapter_10",
 )
