@@ -104,6 +104,7 @@ def fold(axis=None, eps=True, scaled=True, inplace=False):
 
 class Repaired(nn.Module):
     buffers_made = attached = by_gradients = unbiased = moves = False
+    constant = False
 
     def __init__(self, units, momentum=0.1, eps=1e-5):
         super().__init__()
@@ -124,6 +125,8 @@ class Repaired(nn.Module):
         mean, var = self.running_mean, self.running_var
         if training or self.moves:
             found = x.mean(0), x.var(0, correction=0)
+            if self.constant:
+                found = [v.detach() for v in found]
             if training:
                 mean, var = found
             m = self.momentum
@@ -192,6 +195,7 @@ WRONG = {
         "asks for gradients": repaired(by_gradients=True),
         "other arithmetic": repaired(unbiased=True),
         "moves in evaluation": repaired(moves=True),
+        "statistics as constants": repaired(constant=True),
     },
 }
 
@@ -225,11 +229,17 @@ def test_there_are_two_hints(name, capsys):
         ("with the graph", "running_mean keeps the graph of its batches"),
         ("asks for gradients", "evaluation must not move it"),
         ("moves in evaluation", "evaluation must not move it"),
+        ("statistics as constants", "gradient in training"),
     ],
 )
 def test_a_message_says_what_the_layer_forgets(slip, said, capsys):
     check("ch4-forgets", WRONG["ch4-forgets"][slip])
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ch4-merge", "ch4-fold"])
+def test_a_pair_may_be_a_list(name):
+    assert passes(name, lambda *args: list(RIGHT[name](*args)))
 
 
 def test_a_message_says_when_the_digits_run_out(capsys):

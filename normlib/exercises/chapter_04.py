@@ -75,8 +75,8 @@ def merge(answer) -> None:
         ]
         values = numpy.concatenate(parts)
         got = answer(part.copy() for part in parts)
-        pair = isinstance(got, tuple) and len(got) == 2
-        assert pair, "expected the tuple (mean, variance)"
+        pair = isinstance(got, tuple | list) and len(got) == 2
+        assert pair, "expected a pair: mean, variance"
         mean, var = (array(part, (2,)) for part in got)
         where = f"batches of {sizes}, mean about {center:g}"
         says("mean", mean - center, values.mean(0) - center, where)
@@ -131,8 +131,8 @@ def _fold(answer, kind, bias: bool, affine: bool, inward: int) -> None:
     kept = copy.deepcopy(layer.state_dict())
     where = f"{kind.__name__}, {bias=}, {affine=}"
     got = answer(layer, norm)
-    pair = isinstance(got, tuple) and len(got) == 2
-    assert pair, "expected the tuple (weight, bias)"
+    pair = isinstance(got, tuple | list) and len(got) == 2
+    assert pair, "expected a pair: weight, bias"
     for name, value in layer.state_dict().items():
         assert torch.equal(kept[name], value), (
             f"it changed the layer ({where})"
@@ -161,8 +161,9 @@ def _used(norm: normlib.BatchNorm2d) -> normlib.BatchNorm2d:
     "A module saves, loads and moves its parameters and its buffers, and "
     "nothing else. register_buffer makes a buffer of a tensor.",
     "Update the buffers from detached values (or under no_grad): otherwise "
-    "each average keeps the graph of all batches before. And ask "
-    "self.training which statistics count, not whether gradients are on.",
+    "each average keeps the graph of all batches before. Normalize by the "
+    "attached ones. And ask self.training which statistics count, not "
+    "whether gradients are on.",
 )
 def forgets(answer) -> None:
     """A batch norm that saves its statistics, and lets go of its batches."""
@@ -171,9 +172,13 @@ def forgets(answer) -> None:
     mean, var = torch.zeros(3), torch.ones(3)
     for step in range(4):
         x = 2 * torch.randn(6, 3, generator=generator) + 5
-        y = layer(x.clone().requires_grad_())  # as behind a trained layer
+        x.requires_grad_()  # as behind a trained layer
+        y = layer(x)
         wanted = nn.functional.batch_norm(x, None, None, training=True)
         says("output in training", array(y, (6, 3)), wanted, f"call {step}")
+        if step == 0:
+            _same_gradient(x, y, wanted)
+        x = x.detach()
         mean = 0.9 * mean + 0.1 * x.mean(0)
         var = 0.9 * var + 0.1 * x.var(0, correction=0)
     keys = set(layer.state_dict())
@@ -200,3 +205,13 @@ def forgets(answer) -> None:
         y = layer.train()(x)
     wanted = nn.functional.batch_norm(x, None, None, training=True)
     says("output in training", array(y, (6, 3)), wanted, "gradients off")
+
+
+def _same_gradient(x, y, wanted) -> None:
+    """What reaches x through y is what reaches it through wanted."""
+    weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape) ** 2
+    assert y.requires_grad, "no gradient passes the layer in training"
+    (got,) = torch.autograd.grad((weights * y).sum(), x, retain_graph=True)
+    (right,) = torch.autograd.grad((weights * wanted).sum(), x)
+    where = "through the batch's own mean and variance"
+    says("gradient in training", array(got, (6, 3)), right, where)
