@@ -507,6 +507,7 @@ def roofline(peak: float, bandwidth: float, points: dict, ax=None):
         **style,
     )
     ax.set(xscale="log", yscale="log")
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     ax.legend(loc="lower right")
     return ax
 

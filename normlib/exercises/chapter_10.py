@@ -31,10 +31,12 @@ def least_passes(answer) -> None:
     assert set(answer) == set(_PASSES), (
         f"expected the keys {tuple(_PASSES)}, got {tuple(answer)}"
     )
+    if None in answer.values():
+        raise NotImplementedError
     wrong = [
         name
         for name, value in answer.items()
-        if value is None or array(value, ()) != _PASSES[name]
+        if array(value, ()) != _PASSES[name]
     ]
     assert not wrong, f"not right: {'; '.join(wrong)}"
 
@@ -183,5 +185,7 @@ def _normal(rng, *shape):
 def _launched(kernel, grid, *args, **constants):
     try:
         return blocks.launch(kernel, grid, *args, **constants)
+    except NotImplementedError:
+        raise
     except (IndexError, RuntimeError) as error:
         raise AssertionError(str(error)) from None
