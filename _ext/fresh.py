@@ -2,8 +2,8 @@
 
 jupyter-cache knows a notebook by its own code, so that an edit of the
 package would show stale outputs, and so would a new record of the full-size
-experiments. This extension keeps a fingerprint of these, and of the
-libraries under the package, beside the cache. When it differs, the
+experiments or of the speed. This extension keeps a fingerprint of these, and
+of the libraries under the package, beside the cache. When it differs, the
 cache is emptied and every page that runs code is read again.
 
 The kernels compute on one thread each unless told otherwise: the networks of
@@ -30,7 +30,8 @@ def fingerprint(root):
     for name in LIBRARIES:
         digest.update(f"{name}{importlib.metadata.version(name)}".encode())
     sources = sorted((root / "normlib").rglob("*.py"))
-    records = (root / "benchmarks" / "records").glob("reproduce-*.json")
+    folder = root / "benchmarks" / "records"
+    records = [*folder.glob("reproduce-*.json"), *folder.glob("speed-*.json")]
     for source in [*sources, *sorted(records)]:
         digest.update(source.relative_to(root).as_posix().encode())
         digest.update(source.read_bytes())
