@@ -732,6 +732,38 @@ def test_gradients_are_taken_in_inference_mode_too():
     assert walk.beta == pytest.approx(expected.beta)
 
 
+def test_the_earlier_state_has_its_buffers():
+    """In evaluation batch norm shifts what it gives by its running mean."""
+    model = nn.Sequential(nn.BatchNorm1d(4, eps=0), nn.Linear(4, 3))
+    model = model.double().eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model[0].running_mean.add_(2)
+    shift = diagnostics.distribution_shift(model, BATCH, before)
+    assert_close(shift.mean[0], torch.full((4,), -2.0))
+    # The gradient is read in the earlier state's buffers at both ends.
+    shift = diagnostics.gradient_shift(model, cross_entropy, BATCH, before)
+    assert shift.distance == 0
+    loss = cross_entropy(model[1](BATCH[0]), BATCH[1])
+    grads = torch.autograd.grad(loss, model[1].parameters())
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    assert_close(shift.norm[0], norm)
+
+
+def test_a_layer_that_is_called_twice_is_given_both_inputs():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model, x = Twice(), BATCH[0]
+    shift = diagnostics.distribution_shift(model, x, model.state_dict())
+    both = torch.cat([x, model.layer(x)])
+    assert_close(shift.scale[0], both.std(0, correction=0))
+
+
 def test_a_sparse_gradient_is_one_like_others():
     def model(sparse):
         torch.manual_seed(0)
