@@ -11,6 +11,7 @@ from importlib import import_module
 _CHAPTERS = (
     "chapter_01",
     "chapter_02",
+    "chapter_03",
     "chapter_04",
     "chapter_05",
     "chapter_06",
