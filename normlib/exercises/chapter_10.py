@@ -74,8 +74,9 @@ def row_kernel(answer) -> None:
     "ch10-bug",
     "Try it by hand: a row of 3 values in a block of 4. What stands in the "
     "fourth place after the load, and what after the mean is subtracted?",
-    "Three mistakes: over how many values is a mean; what the filler adds to "
-    "the variance; and how the variance is taken of values around 10,000.",
+    "Three questions: what is loaded beyond the row, over how many values is "
+    "a mean, and what is left of the variance of values around 10,000? Of "
+    "centered values it is exact, but there the filler is no longer 0.",
 )
 def bug(answer) -> None:
     """Layer norm: ``kernel(x_ptr, y_ptr, columns, eps, BLOCK)``."""
