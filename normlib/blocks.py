@@ -33,8 +33,8 @@ class Traffic(NamedTuple):
     written: int
     """Bytes that they wrote."""
     fetched: int
-    """Bytes that the memory moved for that: whole sectors of 32 bytes, each
-    counted once for a load or store of a block."""
+    """Bytes that the memory moved, in whole sectors of 32 bytes; each counts
+    once for a load or store of a block."""
 
     @property
     def moved(self) -> int:
