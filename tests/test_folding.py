@@ -448,6 +448,10 @@ REASONS = {
         self.norm1(self.conv1(x)) - self.norm1.running_mean.mean()
     ),
     "it is called nowhere that was looked at": lambda self, x: self.conv1(x),
+    "also goes to getattr()": lambda self, x: (
+        (y := self.conv1(x)),
+        self.norm1(y) + y.data,
+    )[1],
     "'conv1' also": elsewhere,
     "from 'conv1' (Conv2d) and from the input x": lambda self, x: (
         self.norm1(self.conv1(x)) + self.norm1(x)
