@@ -136,8 +136,9 @@ def freeze_batch_norm(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
     It uses the running statistics in training too, and does not move them:
     for fine-tuning with small batches, or with the statistics of an earlier
-    data set. Each layer becomes a :class:`FrozenBatchNorm` and is otherwise
-    the same object, with its parameters, buffers and hooks.
+    data set. Each layer becomes a :class:`FrozenBatchNorm`, which is no
+    longer an instance of torch.nn's classes, and is otherwise the same
+    object, with its parameters, buffers and hooks.
 
     Args:
         model: changed in place.

@@ -171,6 +171,9 @@ class _Average:
         _check_batch(batch, self._mean, self.unbiased)
         if batch.count == 0:
             return
+        # In 16 bits an average stops moving long before it has arrived.
+        dtype = torch.promote_types(batch.mean.dtype, torch.float32)
+        batch = Moments(batch.count, *(p.to(dtype) for p in batch[1:]))
         if self._mean is None:
             self._mean = torch.zeros_like(batch.mean)
             self._var = torch.ones_like(batch.var)

@@ -283,3 +283,14 @@ def test_an_empty_sample_adds_nothing():
         assert_close(merged.mean, some.mean, tolerance=0)
         assert_close(merged.var, some.var, tolerance=0)
     assert empty.merge(empty).count == 0
+
+
+@pytest.mark.parametrize("make", [ExponentialAverage, CumulativeAverage])
+def test_an_average_of_16_bit_statistics_arrives(make):
+    args = (0.01,) if make is ExponentialAverage else ()
+    average = make(*args)
+    x = torch.full((4, 3), 5.0, dtype=torch.bfloat16)
+    for _ in range(1000):
+        average.update(Moments.of(x, [0]))
+    assert average.mean.dtype == torch.float32
+    assert_close(average.mean, torch.full((1, 3), 5.0), tolerance=1e-3)
