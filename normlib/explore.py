@@ -1179,12 +1179,11 @@ class GradientWalk:
     def _panel(self, values, top: float, floor: float) -> "_Panel":
         flat = [v for row in values for walk in row for v in walk if v > 0]
         low = math.floor(math.log10(min(flat)))
-        high = math.ceil(math.log10(max(flat)))
-        low = max(low, min(high, 4) - 6)
-        return _Panel(low, max(min(high, low + 6), low + 1), top, floor)
+        high = min(math.ceil(math.log10(max(flat))), max(4, low + 1))
+        return _Panel(max(low, high - 6), max(high, low + 1), top, floor)
 
     def _across(self, k: int) -> float:
-        return 48 + 424 * k / (len(self.sizes) - 1)
+        return 56 + 416 * k / (len(self.sizes) - 1)
 
     def _ticks(self) -> str:
         """Labels under the picture: 0, and powers of four of the unit."""
@@ -1289,11 +1288,11 @@ class _Panel(NamedTuple):
         found = ""
         for decade in range(self.low, self.high + 1):
             y = self.up(10.0**decade)
-            found += f'<path class="ng-grid" d="M48,{y:.1f}H472"/>'
+            found += f'<path class="ng-grid" d="M56,{y:.1f}H472"/>'
             if (decade - self.low) % every == 0:
                 label = f"{10**decade:,}" if decade >= 0 else 10.0**decade
                 found += (
-                    f'<text x="43" y="{y + 4.5:.1f}" '
+                    f'<text x="51" y="{y + 4.5:.1f}" '
                     f'text-anchor="end">{label}</text>'
                 )
         return found
@@ -1355,8 +1354,8 @@ _WALK_PAGE = """\
  at the start">
 <rect class="ng-span" x="@LEFT@" y="24" width="@WIDE@" height="284"/>
 @GRID@
-<text x="48" y="15" class="ng-title">loss along the walk</text>
-<text x="48" y="185" class="ng-title">change of the gradient</text>
+<text x="56" y="15" class="ng-title">loss along the walk</text>
+<text x="56" y="185" class="ng-title">change of the gradient</text>
 <g class="ng-lines">@LINES@</g>
 <path class="ng-cursor" d="M0,24V308" transform="translate(@ATX@,0)"/>
 <g class="ng-dots">@DOTS@</g>
@@ -1439,7 +1438,7 @@ document.querySelectorAll(".normlib-walk:not([data-ready])")
   var lines = part("lines").children, dots = part("dots").children;
   var says = box.querySelectorAll(".ng-says");
   var buttons = box.querySelectorAll("button[data-at]");
-  function across(k) { return (48 + 424 * k / last).toFixed(1); }
+  function across(k) { return (56 + 416 * k / last).toFixed(1); }
   function up(value, panel) {
     var low = panel[0], top = panel[2], floor = panel[3];
     var decade = value > 0 ? Math.log10(value) : low;
@@ -1484,7 +1483,7 @@ document.querySelectorAll(".normlib-walk:not([data-ready])")
     if (event.type === "pointermove" && !event.buttons) { return; }
     var place = picture.getBoundingClientRect();
     var x = 480 * (event.clientX - place.left) / place.width;
-    notch.value = Math.round((x - 48) * last / 424);
+    notch.value = Math.round((x - 56) * last / 416);
     draw();
   }
   notch.addEventListener("input", draw);
