@@ -24,10 +24,10 @@ def growth(squared=True, centered=True, slopes=np.gradient):
 V = (math.pi - 1) / math.pi
 
 
-def depth(root=True, stream=V, scaled=True):
+def depth(root=True, stream=V, scaled=True, first=1):
     def answer(count, kind):
         if kind == "plain":
-            square = (1 / V) ** count
+            square = (1 / V) ** (count - first)
         else:
             s = 1 / count if kind == "scaled" and scaled else 1.0
             square = math.prod(
@@ -133,6 +133,7 @@ WRONG = {
         "the branch has variance 1": depth(stream=1.0),
         "a stream that does not grow": depth(stream=0.0),
         "not scaled": depth(scaled=False),
+        "a first block like the others": depth(first=0),
     },
     "ch6-values": {
         "rounded down": values(up=False),

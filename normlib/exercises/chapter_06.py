@@ -49,7 +49,8 @@ def _activations():
 @exercise(
     "ch6-depth",
     "Mean squares multiply from block to block, and the ratio of the norms "
-    "is the root of the product. The plain block has pi / (pi - 1).",
+    "is the root of the product. The plain block has pi / (pi - 1), except "
+    "the first: what variance does its batch norm divide by?",
     "With a factor s^2 on the branch's variance, the stream has the variance "
     "1 + s^2 * v * l with v = (pi - 1) / pi in front of block l, and the "
     "branch passes s^2 times the gradient, divided by that variance.",
@@ -58,14 +59,17 @@ def depth(answer) -> None:
     """The growth of the gradient over a stack of blocks."""
     v = (math.pi - 1) / math.pi
     for count in (1, 2, 10, 40):
-        kinds = {"plain": math.pi / (math.pi - 1)}
+        squares = {"plain": v ** (1 - count)}
         for kind, s in (("residual", 1.0), ("scaled", 1 / count)):
             factors = [1 + s / (1 + s * v * k) for k in range(count)]
-            kinds[kind] = math.prod(factors) ** (1 / count)
-        for kind, factor in kinds.items():
-            wanted = factor ** (count / 2)
-            got = array(answer(count, kind), ())
-            says("ratio", got / wanted, 1.0, f"depth={count}, kind={kind!r}")
+            squares[kind] = math.prod(factors)
+        for kind, square in squares.items():
+            wanted = math.sqrt(square)
+            got = float(array(answer(count, kind), ()))
+            assert abs(got / wanted - 1) < 1e-4, (
+                f"ratio: expected {wanted:.5g}, got {got:.5g} "
+                f"(depth={count}, kind={kind!r})"
+            )
 
 
 @exercise(
@@ -111,7 +115,9 @@ def ghost(answer) -> None:
         x += numpy.arange(n)[:, None]
         got = answer(x.copy(), size, momentum)
         triple = isinstance(got, tuple) and len(got) == 3
-        assert triple, "expected (output, running mean, running variance)"
+        assert triple, (
+            "expected the tuple (output, running mean, running variance)"
+        )
         parts = numpy.split(x, n // size)
         y = [(p - p.mean(0)) / numpy.sqrt(p.var(0) + 1e-5) for p in parts]
         mean, var = numpy.zeros(3), numpy.ones(3)
