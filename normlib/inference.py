@@ -4,7 +4,8 @@ In training a batch-norm layer keeps running averages of its batches'
 statistics, and uses them in evaluation. :func:`recalibrate_batch_norm` puts
 the statistics of a whole data set in their place, :func:`adapt_batch_norm`
 those of the test data, for a while; :func:`freeze_batch_norm` keeps what
-there is. :func:`fold_batch_norm` puts them into the layer before.
+there is. :func:`normlib.folding.fold_batch_norm`, which stands here too, puts
+them into the layer before.
 
 They take models with the layers of normlib or of torch.nn.
 """
