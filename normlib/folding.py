@@ -2,9 +2,9 @@
 
 In evaluation batch norm is one affine map for each channel, and so is a
 convolution or a linear layer with its weight: the two together are one layer.
-:func:`~normlib.inference.plan_folding` finds the pairs, by what the model does
+:func:`plan_folding` finds the pairs, by what the model does
 (``normlib.calls``), and says of the others why not;
-:func:`~normlib.inference.fold_batch_norm` makes the copy.
+:func:`fold_batch_norm` makes the copy.
 """
 
 import copy
@@ -56,7 +56,7 @@ def fold_batch_norm(model: Module, example: Example = None) -> Module:
 
     The copy keeps the model's classes, names and modes. The layer gains a
     bias where it had none, and in batch norm's place stands
-    :class:`~normlib.folding.Folded`. :func:`plan_folding` tells beforehand
+    :class:`Folded`. :func:`plan_folding` tells beforehand
     which layers are folded, and of each other one why it is left as it is.
 
     Args:
@@ -102,7 +102,7 @@ def plan_folding(model: Module, example: Example = None) -> Folding:
 
     Without an example two things are taken for granted: a linear layer in
     front of a batch norm has (N, C) for output, and a convolution a batch.
-    :class:`~normlib.folding.Folded` checks that whenever it is called. With
+    :class:`Folded` checks that whenever it is called. With
     an example, a layer whose output has another shape is left, and a model
     that cannot be traced is looked at as a whole.
 
