@@ -91,10 +91,10 @@ def center(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, Moments]:
 
     In two steps. The mean of far-away values comes out rounded to *their*
     precision, so what is left after subtracting it still has a mean; that
-    one is small, and goes exactly. For gradients the first step is a shift
-    by a constant: centering undoes any shift. The variance is the mean
-    square of what is left; ``E[x^2] - E[x]^2`` would need one pass and lose
-    every digit where the mean is large.
+    one is small, and its rounding smaller still. For gradients the first
+    step is a shift by a constant: centering undoes any shift. The variance is
+    the mean square of what is left; ``E[x^2] - E[x]^2`` would need one pass
+    and lose every digit where the mean is large.
 
     Args:
         x: floating point.
