@@ -6,7 +6,8 @@ computer: the kernel is written in Triton's words (``tl.load``, ``tl.sum``,
 ...), and the machine takes the place of Triton. It is slow and strict. It
 counts every byte that is read and written, and it raises where a GPU would go
 on with wrong numbers: where a program reads or writes beside its tensor, and
-where two programs write to one place.
+where two programs write to one place. What a masked load does not fill, and
+on a GPU may be anything, is NaN here.
 
 Chapter 10.
 """
@@ -111,8 +112,8 @@ class _Buffer:
         clash = (others >= 0) & (others != me)
         if clash.any():
             raise RuntimeError(
-                f"programs {others[clash][0]} and {me} write to the same "
-                f"value, {at[clash][0]}: on a GPU chance decides who is last"
+                f"programs {others[clash][0]} and {me} both write value "
+                f"{at[clash][0]}: chance decides which one stays"
             )
         self.writer[at] = me
 
@@ -123,6 +124,8 @@ class _Type(NamedTuple):
 
 class _Pointer:
     """A buffer and where in it: one place, or a block of places."""
+
+    __array_ufunc__ = None  # so that a block plus a pointer is a pointer
 
     def __init__(self, buffer, at=0):
         self.buffer = buffer
@@ -144,6 +147,19 @@ class _Block(numpy.ndarray):
     def to(self, dtype):
         return self.astype(dtype)
 
+    # In Triton `a += b` gives the name a to a new block.
+    def __iadd__(self, other):
+        return self + other
+
+    def __isub__(self, other):
+        return self - other
+
+    def __imul__(self, other):
+        return self * other
+
+    def __itruediv__(self, other):
+        return self / other
+
 
 def _block(values):
     return numpy.asarray(values).view(_Block)
@@ -158,6 +174,7 @@ class _Language:
 
     def __init__(self):
         self.place = ((0, 0, 0), (1, 1, 1), 0)
+        self.math = self
 
     def program_id(self, axis):
         return _block(self.place[0][axis])
@@ -176,10 +193,12 @@ class _Language:
     def zeros(self, shape, dtype):
         return _block(numpy.zeros(shape, dtype))
 
-    def load(self, pointer, mask=None, other=0.0):
+    def load(self, pointer, mask=None, other=None):
         buffer, at, wanted = _lanes(pointer, mask)
         buffer.check(at[wanted], "reads")
         buffer.pay(0, at[wanted])
+        if other is None:  # on a GPU it may be anything
+            other = numpy.nan if buffer.data.dtype.kind == "f" else 0
         values = numpy.full(at.shape, other, buffer.data.dtype)
         values[wanted] = buffer.data[at[wanted]]
         return _block(values)
@@ -204,6 +223,9 @@ class _Language:
 
     def cdiv(self, a, b):
         return -(-a // b)
+
+    def rsqrt(self, x):
+        return _block(1 / numpy.sqrt(x))
 
     def _elementwise(function):
         return lambda self, *values: _block(function(*values))
