@@ -65,7 +65,7 @@ def test_it_shows_the_newest_record_of_each_kind(page, tmp_path):
         shown
     )
     title = "GroupNorm 2×6×5×5 (3 groups, channels last)"
-    assert f"| {title} | 12.00 | 6.00 | 3.00 | 2.00 | **normlib** |" in shown
+    assert f"| {title} | **normlib** | 2.00 | 3.00 | 6.00 | 12.00 |" in shown
     assert shown.count("GroupNorm") == 1
     assert "9.00" not in shown
     assert "On a GPU:* not yet recorded" in shown
