@@ -147,10 +147,9 @@ LAUNCH, BANDWIDTH, MULTIPROCESSORS = 5e-6, 3e12, 128
 @exercise(
     "ch10-faster",
     "The time of each plan is its launches, plus its bytes divided by the "
-    "bandwidth that it reaches. How many multiprocessors work in the first "
-    "plan?",
-    "Plan one: LAUNCH + 2 passes / (BANDWIDTH * min(1, rows / "
-    "MULTIPROCESSORS)). Plan two: two launches and three passes, at full "
+    "bandwidth that it reaches. How many multiprocessors work in plan row?",
+    "Plan row: LAUNCH + 2 passes / (BANDWIDTH * min(1, rows / "
+    "MULTIPROCESSORS)). Plan split: two launches and three passes, at full "
     "bandwidth.",
 )
 def faster(answer) -> None:
