@@ -1213,7 +1213,7 @@ class GradientWalk:
             for i, row in enumerate(values):
                 points = " ".join(
                     f"{self._across(j):.1f},{panel.up(v):.1f}"
-                    for j, v in enumerate(row[at])
+                    for j, v in enumerate(panel.inside(row[at]))
                 )
                 lines += f'<polyline class="ng-l{i}" points="{points}"/>'
                 dots += (
@@ -1281,6 +1281,11 @@ class _Panel(NamedTuple):
         decade = math.log10(value) if value > 0 else self.low
         share = (decade - self.low) / (self.high - self.low)
         return self.floor - (self.floor - self.top) * min(max(share, 0), 1)
+
+    def inside(self, values: Sequence[float]) -> Sequence[float]:
+        """The values up to the first that is above the picture."""
+        above = (j for j, v in enumerate(values) if v > 10.0**self.high)
+        return values[: next(above, len(values)) + 1]
 
     def grid(self) -> str:
         """A line for each decade, with labels not too close."""
@@ -1459,7 +1464,10 @@ document.querySelectorAll(".normlib-walk:not([data-ready])")
     [data.loss, data.change].forEach(function (values, j) {
       values.forEach(function (row, i) {
         var walk = row[moment], panel = data.panels[j];
-        lines[j * n + i].setAttribute("points", walk.map(
+        var top = Math.pow(10, panel[1]);
+        var above = walk.findIndex(function (v) { return v > top; });
+        var drawn = above < 0 ? walk : walk.slice(0, above + 1);
+        lines[j * n + i].setAttribute("points", drawn.map(
           function (v, at) { return across(at) + "," + up(v, panel); }
         ).join(" "));
         dots[j * n + i].setAttribute("cx", across(k));

@@ -155,14 +155,14 @@ class Scoreboard:
 
     Args:
         rows: five texts each: the question, the paper's number, the
-            chapter's, the record's, and the verdict.
+            chapter's, the verdict on these two, and the record's.
         record: the record, whose device and date stand below the table.
 
     Raises:
         ValueError: a row of another length.
     """
 
-    HEADER = ("", "paper", "here, CPU", "record, GPU", "verdict")
+    HEADER = ("", "paper", "here, CPU", "verdict", "record, GPU")
 
     def __init__(
         self, rows: Sequence[Sequence[str]], record: Record | None = None
@@ -176,7 +176,7 @@ class Scoreboard:
         self.rows, self.record = [tuple(row) for row in rows], record
 
     def __repr__(self) -> str:
-        verdicts = ", ".join(sorted({row[-1] for row in self.rows}))
+        verdicts = ", ".join(sorted({row[3] for row in self.rows}))
         return f"Scoreboard({len(self.rows)} rows: {verdicts})"
 
     def _source(self) -> str:
@@ -201,8 +201,18 @@ class Scoreboard:
             for row in self.rows
         )
         return (
-            '<div class="table-wrapper" style="overflow-x:auto">'
+            f'<div class="normlib-board"><style>{_STYLE}</style>'
             '<table class="table normlib-scoreboard"><thead><tr>'
-            f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            f"<p>{self._source()}</p>"
+            f"{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p>{self._source()}</p></div>"
         )
+
+
+_STYLE = """
+.normlib-board{overflow-x:auto}
+.normlib-board td,.normlib-board th{vertical-align:top}
+html[data-theme=dark] .bd-content div.cell_output
+.text_html:has(.normlib-board){background:none!important;padding:0}
+html[data-theme=dark] .bd-content .normlib-board{
+color:var(--pst-color-text-base)}
+"""

@@ -113,7 +113,7 @@ def test_a_range_as_text():
 
 
 def test_the_board_shows_its_rows_and_where_the_record_is_from(tmp_path):
-    rows = [("a < b?", "1", "2", between([]), "reproduced")]
+    rows = [("a < b?", "1", "2", "reproduced", between([]))]
     board = Scoreboard(rows)
     page = board._repr_html_()
     assert "a &lt; b?" in page
