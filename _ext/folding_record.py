@@ -4,12 +4,9 @@ Shows the times of ``python -m benchmarks.folding`` as a table, with the
 device, the date and the commit that they come from.
 """
 
-import json
-import pathlib
+from record import KINDS, RecordDirective
 
-from docutils import nodes
-from docutils.statemachine import StringList
-from sphinx.util.docutils import SphinxDirective
+from normlib.records import newest, origin
 
 NONE = """\
 *The time that this saves:* not yet recorded. `python -m benchmarks.folding` \
@@ -25,25 +22,9 @@ folded, medians in milliseconds, {device}, {date} (torch {torch}, commit \
 ROW = "| {title} | {batch} | {norms} | {torch:.2f} | {folded:.2f} | {by:.2f} |"
 
 
-def latest(folder):
-    """Return the newest record of each kind of device, CPU first."""
-    files = sorted(folder.glob("folding-*.json"))
-    records = [json.loads(file.read_text("utf-8")) for file in files]
-    newest = {}
-    for record in sorted(records, key=lambda r: r["provenance"]["date"]):
-        newest[record["provenance"]["kind"]] = record
-    return [newest[kind] for kind in sorted(newest)]
-
-
 def table(record):
     """Return a record as MyST: where it is from, and a row for each line."""
-    about = record["provenance"]
-    head = HEAD.format(
-        device=about["device"],
-        date=about["date"][:10],
-        torch=about["torch"],
-        commit=about["commit"][:7],
-    )
+    head = HEAD.format(**origin(record["provenance"]))
     rows = [
         ROW.format(
             title=line["title"],
@@ -60,22 +41,14 @@ def table(record):
 
 def page(folder):
     """Return what the folder's records say, as MyST."""
-    return "\n\n".join(map(table, latest(folder))) or NONE
+    found = (newest(f"folding-{kind}-*.json", folder) for kind in KINDS)
+    return "\n\n".join(map(table, filter(None, found))) or NONE
 
 
-class FoldingRecord(SphinxDirective):
+class FoldingRecord(RecordDirective):
     """Show what folding saved."""
 
-    def run(self):
-        """Write the tables as MyST and let MyST parse them."""
-        folder = pathlib.Path(self.env.srcdir) / "benchmarks" / "records"
-        self.env.note_dependency(str(folder))
-        box = nodes.container(classes=["folding-record"])
-        lines = page(folder).splitlines()
-        self.state.nested_parse(
-            StringList(lines, str(folder)), self.content_offset, box
-        )
-        return [box]
+    page = staticmethod(page)
 
 
 def setup(app):

@@ -5,12 +5,9 @@ there were, and the largest difference, from the files that
 ``python -m benchmarks.chapters --device cuda`` leaves.
 """
 
-import json
-import pathlib
+from record import RecordDirective
 
-from docutils import nodes
-from docutils.statemachine import StringList
-from sphinx.util.docutils import SphinxDirective
+from normlib.records import newest, origin
 
 NONE = """\
 *On a GPU:* not yet recorded. `python -m benchmarks.chapters --device cuda` \
@@ -22,51 +19,32 @@ on the device, and the largest difference was {largest:.1e}; the chapter took \
 {seconds:.0f} s."""
 
 
-def latest(folder, chapter):
-    """Return the newest GPU record that holds the chapter, or None."""
-    files = sorted(folder.glob("chapters-cuda-*.json"))
-    records = [json.loads(file.read_text()) for file in files]
-    records = [r for r in records if chapter in r["chapters"]]
-    return max(records, key=lambda r: r["provenance"]["date"], default=None)
-
-
-def sentence(record, chapter):
-    """Say in one sentence what the record holds."""
+def page(folder, chapter):
+    """Say what the newest record that holds the chapter says of it."""
+    record = newest(
+        "chapters-cuda-*.json", folder, lambda r: chapter in r["chapters"]
+    )
     if record is None:
         return NONE
-    about, ran = record["provenance"], record["chapters"][chapter]
+    ran = record["chapters"][chapter]
     on_gpu = [
         c["difference"]
         for c in ran["comparisons"]
         if c["device"].startswith("cuda")
     ]
     return RECORDED.format(
-        device=about["device"],
-        date=about["date"][:10],
-        torch=about["torch"],
-        commit=about["commit"][:7],
+        **origin(record["provenance"]),
         count=len(on_gpu),
         largest=max(on_gpu, default=0.0),
         seconds=ran["seconds"],
     )
 
 
-class GpuRecord(SphinxDirective):
+class GpuRecord(RecordDirective):
     """Show a chapter's latest GPU record."""
 
     required_arguments = 1
-
-    def run(self):
-        """Write the sentence as MyST and let MyST parse it."""
-        folder = pathlib.Path(self.env.srcdir) / "benchmarks" / "records"
-        self.env.note_dependency(str(folder))
-        chapter = self.arguments[0]
-        text = sentence(latest(folder, chapter), chapter)
-        box = nodes.container(classes=["gpu-record"])
-        self.state.nested_parse(
-            StringList([text], str(folder)), self.content_offset, box
-        )
-        return [box]
+    page = staticmethod(page)
 
 
 def setup(app):

@@ -5,14 +5,10 @@ benchmarks.speed``: float32, forward and backward, one line a layer and shape,
 with the device, the date and the commit that the times come from.
 """
 
-import json
-import pathlib
+from record import KINDS, RecordDirective
 
-from docutils import nodes
-from docutils.statemachine import StringList
-from sphinx.util.docutils import SphinxDirective
+from normlib.records import latest_speed, origin
 
-KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
 NAMES = {"torch": "torch.nn", "compiled": "torch.compile"}
 NONE = """\
 *On {kind}:* not yet recorded. `python -m benchmarks.speed --device {name}` \
@@ -30,13 +26,6 @@ many times as fast as torch.nn normlib is. A plain copy moves \
 ROW = "| {title} | {best} | {ratio:.2f} | {ours:.2f} | {torch:.2f} | {eager} |"
 CLOSE = 1.05
 """What is not faster by more than this is called equal."""
-
-
-def latest(folder, kind):
-    """Return the newest record of the speed on a kind of device, or None."""
-    files = sorted(folder.glob(f"speed-{kind}-*.json"))
-    records = [json.loads(file.read_text("utf-8")) for file in files]
-    return max(records, key=lambda r: r["provenance"]["date"], default=None)
 
 
 def fastest(results):
@@ -58,12 +47,9 @@ def table(record):
     about = record["provenance"]
     head = HEAD.format(
         kind=KINDS[about["kind"]],
-        device=about["device"],
-        date=about["date"][:10],
-        torch=about["torch"],
         threads=about["threads"],
-        commit=about["commit"][:7],
         copy=record["copy_gbs"],
+        **origin(about),
     )
     rows = []
     for line in record["speed"]:
@@ -104,7 +90,7 @@ def page(folder):
     """Return what the folder's records say, as MyST."""
     parts = []
     for name, kind in KINDS.items():
-        record = latest(folder, name)
+        record = latest_speed(folder, name)
         parts.append(
             NONE.format(kind=kind, name=name)
             if record is None
@@ -113,19 +99,10 @@ def page(folder):
     return "\n\n".join(parts)
 
 
-class SpeedRecord(SphinxDirective):
+class SpeedRecord(RecordDirective):
     """Show which kernel is fastest for which layer."""
 
-    def run(self):
-        """Write the tables as MyST and let MyST parse them."""
-        folder = pathlib.Path(self.env.srcdir) / "benchmarks" / "records"
-        self.env.note_dependency(str(folder))
-        box = nodes.container(classes=["speed-record"])
-        lines = page(folder).splitlines()
-        self.state.nested_parse(
-            StringList(lines, str(folder)), self.content_offset, box
-        )
-        return [box]
+    page = staticmethod(page)
 
 
 def setup(app):

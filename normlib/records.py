@@ -1,9 +1,10 @@
-"""What the full-size experiments left, and a board to set beside it.
+"""What the benchmarks left, and a board to set beside it.
 
-``python -m benchmarks.reproduce`` writes records of long runs on a GPU. A
-chapter reads the latest one, and shows on a :class:`Scoreboard` what a paper
-reports, what the chapter itself measured and what the record holds. Where
-there is no record it says so, and no number.
+The commands of ``benchmarks`` write records, and the book shows the
+:func:`newest` of each kind. Those of ``python -m benchmarks.reproduce`` are of
+long runs on a GPU. A chapter reads the latest one, and shows on a
+:class:`Scoreboard` what a paper reports, what the chapter itself measured and
+what the record holds. Where there is no record it says so, and no number.
 """
 
 import json
@@ -61,8 +62,8 @@ def latest(
     Returns:
         The record. None where there is no folder or nothing in it.
     """
-    newest = _newest(f"reproduce-{kind}-*.json", folder)
-    return newest and Record(newest["provenance"], newest["runs"])
+    found = newest(f"reproduce-{kind}-*.json", folder)
+    return found and Record(found["provenance"], found["runs"])
 
 
 def latest_speed(
@@ -77,16 +78,47 @@ def latest_speed(
     Returns:
         The record as it was written: see benchmarks/README.md.
     """
-    return _newest(f"speed-{kind}-*.json", folder)
+    return newest(f"speed-{kind}-*.json", folder)
 
 
-def _newest(pattern: str, folder: str | pathlib.Path | None) -> dict | None:
+def newest(
+    pattern: str,
+    folder: str | pathlib.Path | None = None,
+    holds: Callable[[dict], bool] | None = None,
+) -> dict | None:
+    """The newest record of a kind, by the date that it says, or None.
+
+    Args:
+        pattern: of the files' names, such as ``"chapters-cuda-*.json"``.
+        folder: as in :func:`latest`.
+        holds: says of a record whether it counts; by default each does.
+
+    Returns:
+        The record as it was written: see benchmarks/README.md.
+    """
     here = pathlib.Path.cwd()
     folders = [here / FOLDER, *(parent / FOLDER for parent in here.parents)]
     chosen = [pathlib.Path(folder)] if folder is not None else folders
     files = [f for place in chosen for f in sorted(place.glob(pattern))]
-    found = [json.loads(file.read_text("utf-8")) for file in files]
+    found = filter(holds, (json.loads(f.read_text("utf-8")) for f in files))
     return max(found, key=lambda r: r["provenance"]["date"], default=None)
+
+
+def origin(provenance: dict) -> dict[str, str]:
+    """What a page says of where a record is from.
+
+    Args:
+        provenance: the record's.
+
+    Returns:
+        Device, date, torch's version and the start of the commit.
+    """
+    return {
+        "device": provenance["device"],
+        "date": provenance["date"][:10],
+        "torch": provenance["torch"],
+        "commit": provenance["commit"][:7],
+    }
 
 
 def final_accuracy(run: dict) -> float:
@@ -186,10 +218,9 @@ class Scoreboard:
                 "<code>python -m benchmarks.reproduce --data DIR --device "
                 "cuda</code> makes the record."
             )
-        about = self.record.provenance
         return escape(
-            f"The record is from {about['device']}, {about['date'][:10]}, "
-            f"torch {about['torch']}, commit {about['commit'][:7]}."
+            "The record is from {device}, {date}, torch {torch}, commit "
+            "{commit}.".format(**origin(self.record.provenance))
         )
 
     def _repr_html_(self) -> str:

@@ -1,12 +1,13 @@
 """The records of the benchmarks: each one complete, and made as they say."""
 
 import datetime
-import importlib.util
 import json
 import pathlib
 import re
 import sys
 
+import folding_record
+import gpu_record
 import nbformat
 import pytest
 
@@ -327,17 +328,8 @@ def test_a_trial_of_folding_leaves_a_complete_record(
     assert batches == list(folding.BATCHES)
 
 
-def record_page(name="gpu_record"):
-    """Return a Sphinx extension that shows a record."""
-    path = ROOT / "_ext" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def gpu_record(date, difference):
-    return {
+def record_a_chapter(folder, date="2026-01-01", difference=0.01):
+    record = {
         "provenance": {
             "date": date,
             "device": "NVIDIA X",
@@ -354,31 +346,28 @@ def gpu_record(date, difference):
             }
         },
     }
+    name = f"chapters-cuda-nvidia-x-{date}.json"
+    (folder / name).write_text(json.dumps(record))
 
 
 def test_a_chapter_shows_its_latest_gpu_record(tmp_path):
-    page = record_page()
-    for date, difference in [("2026-01-02", 0.02), ("2026-01-01", 0.01)]:
-        record = gpu_record(date, difference)
-        name = f"chapters-cuda-nvidia-x-{date}.json"
-        (tmp_path / name).write_text(json.dumps(record))
-    latest = page.latest(tmp_path, "01_one")
-    shown = page.sentence(latest, "01_one")
+    record_a_chapter(tmp_path, "2026-01-02", 0.02)
+    record_a_chapter(tmp_path, "2026-01-01", 0.01)
+    shown = gpu_record.page(tmp_path, "01_one")
     assert "NVIDIA X on 2026-01-02" in shown
     assert "made 1 of" in shown
     assert "2.0e-02" in shown
 
 
 def test_a_chapter_without_a_gpu_record_says_how_to_make_one(tmp_path):
-    page = record_page()
-    shown = page.sentence(page.latest(tmp_path, "01_one"), "01_one")
+    record_a_chapter(tmp_path)
+    shown = gpu_record.page(tmp_path, "02_two")
     assert "not yet recorded" in shown
     assert "python -m benchmarks.chapters --device cuda" in shown
 
 
 def test_the_page_shows_the_latest_times_of_folding(tmp_path):
-    page = record_page("folding_record")
-    assert "not yet recorded" in page.page(tmp_path)
+    assert "not yet recorded" in folding_record.page(tmp_path)
     for kind, date, ratio in [
         ("cpu", "2026-01-02", 1.5),
         ("cpu", "2026-01-01", 9.0),
@@ -403,7 +392,7 @@ def test_the_page_shows_the_latest_times_of_folding(tmp_path):
         record = {"provenance": about, "folding": [line]}
         name = f"folding-{kind}-x-{date}.json"
         (tmp_path / name).write_text(json.dumps(record))
-    shown = page.page(tmp_path)
+    shown = folding_record.page(tmp_path)
     assert "| a network | 32 | 19 | 3.00 | 2.00 | 1.50 |" in shown
     assert "a cuda, 2026-01-01 (torch 2.13.0, commit 0123456)" in shown
     assert "9.00" not in shown

@@ -55,6 +55,15 @@ def test_the_newest_record_of_a_kind_is_read(tmp_path):
     assert records.latest(tmp_path, "cpu").runs[0]["seed"] == 3
 
 
+def test_the_newest_is_that_of_the_records_that_hold_something(tmp_path):
+    write(tmp_path, "2026-01-02T00", run(seed=1))
+    write(tmp_path, "2026-03-01T00", run(seed=2))
+    found = records.newest(
+        "reproduce-*.json", tmp_path, lambda r: r["runs"][0]["seed"] < 2
+    )
+    assert records.origin(found["provenance"])["date"] == "2026-01-02"
+
+
 def test_it_is_found_from_a_folder_of_the_checkout(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "records").mkdir(parents=True)
     (tmp_path / "chapters").mkdir()

@@ -1,23 +1,14 @@
 """The table of chapter 10: what is fastest, by the records."""
 
-import importlib.util
 import json
 import pathlib
 
 import pytest
+import speed_record
 
 from normlib import records
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def page():
-    path = ROOT / "_ext" / "speed_record.py"
-    spec = importlib.util.spec_from_file_location("speed_record", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def record(kind="cpu", date="2026-01-01", **ratios):
@@ -57,10 +48,10 @@ def write(folder, record):
     (folder / name).write_text(json.dumps(record))
 
 
-def test_it_shows_the_newest_record_of_each_kind(page, tmp_path):
+def test_it_shows_the_newest_record_of_each_kind(tmp_path):
     write(tmp_path, record(normlib=2.0, eager=0.5))
     write(tmp_path, record(date="2025-01-01", normlib=9.0))
-    shown = page.page(tmp_path)
+    shown = speed_record.page(tmp_path)
     assert "the cpu, 2026-01-01 (torch 2.13.0, 2 threads, commit 0123456" in (
         shown
     )
@@ -83,8 +74,9 @@ def test_it_shows_the_newest_record_of_each_kind(page, tmp_path):
         ({"normlib": 1.5, "cpu": 9.0}, "**normlib**"),
     ],
 )
-def test_faster_means_by_more_than_the_noise(page, ratios, best):
-    assert page.fastest(record(**ratios)["speed"][0]["results"]) == best
+def test_faster_means_by_more_than_the_noise(ratios, best):
+    results = record(**ratios)["speed"][0]["results"]
+    assert speed_record.fastest(results) == best
 
 
 def test_the_chapter_reads_the_same_record(tmp_path):
@@ -96,6 +88,6 @@ def test_the_chapter_reads_the_same_record(tmp_path):
     assert records.latest_speed(tmp_path, "cuda") is None
 
 
-def test_the_records_of_the_project_can_be_shown(page):
-    shown = page.page(ROOT / "benchmarks" / "records")
+def test_the_records_of_the_project_can_be_shown():
+    shown = speed_record.page(ROOT / "benchmarks" / "records")
     assert "| RMSNorm 8192×1024 |" in shown
