@@ -8,12 +8,11 @@ leaves behind what it found, also after an exception: parameters, their
 ``.grad``, buffers, modes, and torch's random state. What is returned lies on
 the CPU, in float64. A compiled model runs as it was written; one with a
 ScriptModule inside is refused (TypeError). As everywhere in torch.autograd,
-no gradient is read through a checkpoint with ``use_reentrant=True``.
+no gradient is read through a checkpoint with ``use_reentrant=True``. On a
+terminal, what takes long shows a progress bar, where tqdm is installed.
 """
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from normlib.progress import progress
 from normlib.stats import Moments
 
 
@@ -80,7 +80,7 @@ def gradient_walk(
     start = _state(model)
     _, here = _gradient(model, loss_fn, batch, start, names)
     losses, changes = [], []
-    for size in _progress(step_sizes, "gradient walk"):
+    for size in progress(step_sizes, "gradient walk", "steps"):
         moved = {n: start[n] - size * here[n] for n in names}
         loss, there = _gradient(model, loss_fn, batch, start | moved, names)
         losses.append(loss)
@@ -156,7 +156,7 @@ def gradient_shift(
         )
     _, start = _gradient(model, loss_fn, batch, old, names)
     rows = []
-    for own in _progress(owned, "gradient shift"):
+    for own in progress(owned, "gradient shift", "layers"):
         front = names[: names.index(own[0])]
         mixed = old | {n: now[n] for n in front}
         _, then = _gradient(model, loss_fn, batch, mixed, own)
@@ -367,7 +367,7 @@ def scale_invariance(
     loss, grads = _gradient(model, loss_fn, batch, start, _names(model))
     whole = _norm(grads.values())
     rows = []
-    for name in _progress(names, "scale invariance"):
+    for name in progress(names, "scale invariance", "parameters"):
         w, g = start[name], grads[name]
         scaled = start | {name: factor * w}
         there, after = _gradient(model, loss_fn, batch, scaled, [name])
@@ -448,7 +448,7 @@ def gradient_noise(
     sizes = [size for size in batch_sizes for _ in range(draws)]
     found: dict[int, Moments] = {}
     with _put_back(model):
-        for k, size in enumerate(_progress(sizes, "gradient noise")):
+        for k, size in enumerate(progress(sizes, "gradient noise", "draws")):
             index = torch.randint(len(parts[0]), (size,), generator=generator)
             drawn = [part[index.to(part.device)] for part in parts]
             _, grads = _gradient(
@@ -780,17 +780,3 @@ def _share(part: float, whole: float) -> float:
 
 def _numbers(values) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
-
-
-def _progress(items: Sequence, what: str, patience: float = 2.0) -> Iterator:
-    """Go through the items; on a terminal, tell how far, if it takes long."""
-    start, told = time.monotonic(), False
-    for done, item in enumerate(items):
-        yield item
-        late = time.monotonic() - start > patience
-        if late and sys.stderr.isatty():
-            line = f"\rnormlib: {what}, {done + 1} of {len(items)}"
-            print(line, end="", file=sys.stderr, flush=True)
-            told = True
-    if told:
-        print(file=sys.stderr)

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normlib.axes import channel_view, stat_axes
 from normlib.folding import fold_batch_norm, plan_folding
 from normlib.modules import BATCH_NORMS, BatchNorm
+from normlib.progress import progress
 from normlib.stats import Moments, Population
 from normlib.variants import (
     BatchRenorm,
@@ -323,14 +324,14 @@ def _put(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batches: Iterable, progress: bool) -> int:
+def _run(model: nn.Module, batches: Iterable, show: bool) -> int:
     """Pass the batches through the model; say how many there were."""
     tensors = (*model.parameters(), *model.buffers())
     device = next((t.device for t in tensors), None)
     count = 0
     # Code that was compiled without the hooks would not call them.
     with torch.compiler.set_stance("force_eager"):
-        for batch in _shown(batches, progress):
+        for batch in progress(batches, "statistics", "batches", show):
             args, kwargs = _inputs(batch, device)
             model(*args, **kwargs)
             count += 1
@@ -346,17 +347,6 @@ def _inputs(batch: Any, device) -> tuple[tuple, dict]:
 
 def _moved(value: Any, device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _shown(batches: Iterable, progress: bool) -> Iterable:
-    """The batches, with a progress bar after two seconds."""
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, "statistics", delay=2, leave=False, unit=" batches")
 
 
 def _check_batches(batches: Iterable) -> None:

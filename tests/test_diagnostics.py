@@ -864,11 +864,3 @@ def test_a_layer_that_is_not_called_is_refused_by_name():
         diagnostics.distribution_shift(
             model, BATCH, model.state_dict(), layers=["0", "spare"]
         )
-
-
-def test_a_long_measurement_tells_how_far_it_is(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    list(diagnostics._progress([1, 2], "walk", patience=-1))
-    assert "walk, 2 of 2\n" in capsys.readouterr().err
-    list(diagnostics._progress([1, 2], "walk"))
-    assert capsys.readouterr().err == ""

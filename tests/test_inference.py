@@ -385,25 +385,6 @@ def test_a_compiled_model_is_recalibrated_and_goes_on():
     assert_close(compiled(x), model(x), tolerance=1e-6)
 
 
-def test_a_progress_bar_comes_only_where_it_takes_long(capsys, monkeypatch):
-    layer = normlib.BatchNorm1d(3)
-    recalibrate_batch_norm(layer, [values(4, 3)])
-    assert capsys.readouterr().err == ""
-    tqdm = pytest.importorskip("tqdm")
-    monkeypatch.setattr(tqdm.tqdm, "__init__", _impatient(tqdm.tqdm.__init__))
-    recalibrate_batch_norm(layer, [values(4, 3)] * 3)
-    assert "3/3" in capsys.readouterr().err
-    recalibrate_batch_norm(layer, [values(4, 3)] * 3, progress=False)
-    assert capsys.readouterr().err == ""
-
-
-def _impatient(init):
-    def patched(self, *args, **kwargs):
-        init(self, *args, **{**kwargs, "delay": 0, "mininterval": 0})
-
-    return patched
-
-
 # Adapt
 
 
