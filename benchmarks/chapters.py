@@ -6,10 +6,8 @@ need not be installed. Every code cell of every chapter runs in order; each
 comparison with PyTorch is recorded with its device and largest difference.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import linecache
 import os
 import pathlib
@@ -25,9 +23,13 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
 
-from benchmarks.provenance import RECORDS, name_of, provenance  # noqa: E402
+from benchmarks.provenance import (  # noqa: E402
+    asked,
+    options,
+    provenance,
+    record_in,
+)
 from normlib import testing  # noqa: E402
 from tools.book import code_cells  # noqa: E402
 
@@ -107,28 +109,20 @@ def table(record):
 
 def main():
     """Run all chapters, write the record and show it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
-    parser.add_argument("--out", type=pathlib.Path, default=RECORDS)
+    parser = options(__doc__)
     parser.add_argument("--echo", action="store_true", help="show prints")
-    parser.add_argument("--commit", help="where the files have no git")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("normlib: no CUDA device here")
+    told = asked(parser)
     # On a GPU the comparisons run on both, so that the record has both.
-    testing.use_devices(*dict.fromkeys(("cpu", options.device)))
-    about = provenance("benchmarks.chapters", options.device, options.commit)
+    testing.use_devices(*dict.fromkeys(("cpu", told.device)))
+    about = provenance("benchmarks.chapters", told.device, told.commit)
     record = {"provenance": about, "chapters": {}}
     for path in chapters():
         print(f"normlib: running {path.name}", flush=True)
         try:
-            record["chapters"][path.stem] = run(path, options.echo)
+            record["chapters"][path.stem] = run(path, told.echo)
         except ChapterError as error:
             sys.exit(f"normlib: {error}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / name_of(about)
-    written.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    written = record_in(told.out, record)
     print(table(record))
     print(f"normlib: recorded in {written}")
 

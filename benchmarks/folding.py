@@ -5,12 +5,8 @@ needs torch and numpy, and takes about two minutes. Outputs are compared first.
 The protocol is in benchmarks/README.md.
 """
 
-import argparse
-import json
 import os
-import pathlib
 import statistics
-import sys
 from typing import NamedTuple
 
 import torch
@@ -18,7 +14,7 @@ from torch import nn
 
 import normlib
 from benchmarks import speed
-from benchmarks.provenance import RECORDS, name_of, provenance
+from benchmarks.provenance import asked, options, provenance, record_in
 from normlib import models
 from normlib.folding import fold_batch_norm, plan_folding
 from normlib.testing import assert_close
@@ -143,23 +139,17 @@ HEAD = (
 
 def main():
     """Compare, time; write the record and show it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
-    parser.add_argument("--out", type=pathlib.Path, default=RECORDS)
-    parser.add_argument("--commit", help="where the files have no git")
+    parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="a trial")
-    options = parser.parse_args()
-    device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("normlib: no CUDA device here")
+    told = asked(parser)
+    device = told.device
     if device == "cpu":
         speed.pin("benchmarks.folding")
     else:
         speed.FLUSH[:] = [torch.empty(2**28, dtype=torch.int8, device=device)]
-    rows = QUICK if options.quick else NETWORKS
-    budget = 0.0 if options.quick else 10.0
-    about = provenance("benchmarks.folding", device, options.commit)
+    rows = QUICK if told.quick else NETWORKS
+    budget = 0.0 if told.quick else 10.0
+    about = provenance("benchmarks.folding", device, told.commit)
     checks = {network.title: validate(network, device) for network in rows}
     print(f"normlib: outputs agree: {checks}\n{HEAD}", flush=True)
     lines = []
@@ -173,9 +163,7 @@ def main():
         "allocator": {name: os.environ.get(name) for name in speed.PINNED},
         "folding": lines,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / name_of(about)
-    written.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    written = record_in(told.out, record)
     print(f"normlib: recorded in {written}")
 
 

@@ -1,16 +1,43 @@
-"""Where, when and from what a record was made, and how its file is named."""
+"""What the commands share: options, where a record is from, its file."""
 
+import argparse
 import contextlib
 import datetime
+import json
+import os
 import pathlib
 import platform
 import re
 import subprocess
+import sys
 
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
+
+
+def options(about, out=RECORDS):
+    """Return a parser with the options of all commands.
+
+    Args:
+        about: what the command is for.
+        out: the folder of its records, where none is named.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
+    parser.add_argument("--out", type=pathlib.Path, default=out)
+    parser.add_argument("--commit", help="where the files have no git")
+    return parser
+
+
+def asked(parser):
+    """Return what the command line asks for; end without such a device."""
+    told = parser.parse_args()
+    if told.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("normlib: no CUDA device here")
+    return told
 
 
 def provenance(command, device, commit=None):
@@ -45,6 +72,21 @@ def name_of(about):
     what = re.search(r"benchmarks\.(\w+)", about["command"])[1]
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     return f"{what}-{about['kind']}-{device}-{about['date'][:10]}.json"
+
+
+def record_in(folder, record):
+    """Write a record under its name, and return the file."""
+    path = folder / name_of(record["provenance"])
+    write(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def write(path, text):
+    """Write a file, and its folder, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(text, "utf-8")
+    os.replace(draft, path)
 
 
 def said_by(*command):

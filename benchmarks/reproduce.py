@@ -6,13 +6,11 @@ written down; the same command goes on where the last one stopped. The
 protocol is in benchmarks/README.md.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -28,7 +26,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import normlib
-from benchmarks.provenance import ROOT, name_of, provenance
+from benchmarks.provenance import (
+    ROOT,
+    asked,
+    name_of,
+    options,
+    provenance,
+    write,
+)
 from normlib import data, diagnostics, models, variants
 
 OUT = ROOT / "_build" / "records"
@@ -552,15 +557,11 @@ def begun(out, about, settings) -> tuple[pathlib.Path, dict]:
     return path, {"provenance": about, "settings": settings, "runs": []}
 
 
-def write(path, record) -> None:
-    """Write the record, a line for each run, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
+def as_text(record) -> str:
+    """The record as JSON, a line for each run."""
     runs = ",\n".join(map(json.dumps, record["runs"]))
     head = json.dumps({**record, "runs": []}, indent=1)
-    text = head.replace('"runs": []', f'"runs": [\n{runs}\n]')
-    draft.write_text(f"{text}\n", "utf-8")
-    os.replace(draft, path)
+    return head.replace('"runs": []', f'"runs": [\n{runs}\n]') + "\n"
 
 
 def same_run(run, found) -> bool:
@@ -611,28 +612,22 @@ def between(name, values) -> str:
     return f"{name.replace('_', ' ')} {told}"
 
 
-def asked():
-    """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add = parser.add_argument
+def parser():
+    """The options of the command."""
+    found = options(__doc__, OUT)
+    add = found.add_argument
     add("--data", type=pathlib.Path, help="the folder with CIFAR-10")
-    add("--device", choices=("cpu", "cuda"), default=best)
     add("--only", default="", help="runs whose title contains this")
     add("--quick", action="store_true", help="a trial of minutes")
     add("--budget", type=float, default=math.inf, help="seconds to fill")
-    add("--out", type=pathlib.Path, default=OUT)
-    add("--commit", help="where the files have no git")
     add("--dtype", choices=("bfloat16", "float32"), help="of training")
     add("--eager", action="store_true", help="without CUDA graphs")
-    return parser.parse_args()
+    return found
 
 
 def prepared(told) -> tuple[Lab, dict]:
     """Where and how runs are made, and what the record says of it."""
     cuda = told.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        sys.exit("normlib: no CUDA device here")
     if cuda:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
@@ -657,7 +652,7 @@ def prepared(told) -> tuple[Lab, dict]:
 def main():
     """Make the runs that are missing, write each down, and sum them up."""
     begin = time.perf_counter()
-    told = asked()
+    told = asked(parser())
     if told.quick and told.device == "cpu":
         torch.set_num_threads(1)  # small networks gain nothing from more
     lab, settings = prepared(told)
@@ -682,7 +677,7 @@ def main():
             break
         found = perform(run, lab)
         record["runs"].append(found)
-        write(path, record)
+        write(path, as_text(record))
         tell("")
         line = f"{run.title}: {outcome([found])}, {found['seconds']:.3g} s"
         print(line, flush=True)

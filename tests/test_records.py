@@ -291,6 +291,33 @@ def test_a_cell_that_fails_is_named(book):
         chapters.main()
 
 
+@pytest.mark.parametrize("command", [chapters, folding, reproduce, speed])
+def test_no_command_goes_on_without_the_device_it_is_to_record(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = [command.__name__, "--device", "cuda", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", told)
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        command.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    about = {
+        "command": "python -m benchmarks.speed",
+        "kind": "cpu",
+        "device": "A (R) CPU",
+        "date": "2026-01-02T03:04:05",
+    }
+    file = provenance.record_in(tmp_path, {"provenance": about, "speed": []})
+    assert file.name == "speed-cpu-a-r-cpu-2026-01-02.json"
+    before = file.read_text("utf-8")
+    with pytest.raises(UnicodeEncodeError):
+        provenance.write(file, "new \ud800")
+    assert file.read_text("utf-8") == before
+
+
 def test_a_trial_of_the_speed_leaves_a_complete_record(
     tmp_path, monkeypatch, capsys
 ):
