@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from devices import DEVICES
-from test_records import assert_record
+from recorded import assert_record
 
 from benchmarks import reproduce
 from normlib import models
