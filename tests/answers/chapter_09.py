@@ -1,12 +1,7 @@
-"""Each check of chapter 9 passes what is right and names what is wrong."""
-
-import math
+"""Answers to the exercises of chapter 9, right and wrong."""
 
 import numpy as np
-import pytest
 import torch
-
-from normlib.exercises import check, passes
 
 
 def shifted(blocks):
@@ -114,6 +109,22 @@ RIGHT = {
     "ch9-order": {0.0, 1.0, 2.0},
 }
 
+ALSO_RIGHT = {
+    "ch9-one-pass": {"merged blocks": merged},
+    "ch9-offset": {
+        "rounded": {
+            "float16": 7,
+            "bfloat16": 4,
+            "float32": 60,
+            "float64": 1e4,
+        }
+    },
+    "ch9-order": {
+        kind.__name__: kind([0, 1, 2])
+        for kind in (list, tuple, frozenset, np.array, iter)
+    },
+}
+
 WRONG = {
     "ch9-one-pass": {
         "the textbook formula": textbook,
@@ -152,54 +163,3 @@ WRONG = {
         "a number": 2.0,
     },
 }
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_the_right_answer_passes(name):
-    assert passes(name, RIGHT[name])
-
-
-def test_blocks_may_be_merged_in_place_of_shifted():
-    assert passes("ch9-one-pass", merged)
-
-
-def test_a_rounded_ratio_is_right_enough():
-    rounded = {"float16": 7, "bfloat16": 4, "float32": 60, "float64": 1e4}
-    assert passes("ch9-offset", rounded)
-
-
-@pytest.mark.parametrize(
-    ("name", "slip"),
-    [(n, slip) for n, slips in WRONG.items() for slip in slips],
-)
-def test_a_typical_slip_is_found_and_named(name, slip, capsys):
-    assert not passes(name, WRONG[name][slip])
-    check(name, WRONG[name][slip])
-    verdict = capsys.readouterr().out
-    assert verdict.startswith(f"wrong: {name}: ")
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_there_are_two_hints(name, capsys):
-    check(name, None, hint=2)
-    assert "Hint 2 of 2" in capsys.readouterr().out
-
-
-def test_a_message_says_what_the_law_says_there(capsys):
-    check("ch9-offset", powers() | {"float32": 2.0**24})
-    message = capsys.readouterr().out
-    assert f"an error of {2.0**24:.2g}, and" in message
-    assert "float64" not in message
-
-
-@pytest.mark.parametrize("kind", [list, tuple, frozenset, np.array, iter])
-def test_the_results_may_come_in_any_container(kind):
-    assert passes("ch9-order", kind([0, 1, 2]))
-
-
-def test_a_message_says_where_the_running_mean_came_to_rest(capsys):
-    check("ch9-stall", stall(keep=False))
-    message = capsys.readouterr().out
-    assert "momentum 0.01" in message
-    reached = float(message.split()[-1])
-    assert math.isclose(reached, 0.8047, abs_tol=1e-3)

@@ -1,9 +1,6 @@
-"""Each check of chapter 10 passes what is right and names what is wrong."""
-
-import pytest
+"""Answers to the exercises of chapter 10, right and wrong."""
 
 from normlib import blocks
-from normlib.exercises import check, passes
 from normlib.exercises.chapter_10 import (
     _PASSES,
     BANDWIDTH,
@@ -76,6 +73,10 @@ def sums(step=True, own=True, twice=False, bias=True):
     return kernel
 
 
+def unwritten(*args, **constants):
+    raise NotImplementedError
+
+
 def plan(launches=2, least=True):
     def answer(rows, columns):
         size = 4 * rows * columns
@@ -93,6 +94,14 @@ RIGHT = {
     "ch10-bug": layer(),
     "ch10-partials": sums(),
     "ch10-faster": plan(),
+}
+
+OPEN = {
+    "ch10-bytes": _PASSES | {"layer norm, backward": None},
+    "ch10-row": unwritten,
+    "ch10-bug": unwritten,
+    "ch10-partials": unwritten,
+    "ch10-faster": unwritten,
 }
 
 WRONG = {
@@ -130,58 +139,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_the_right_answer_passes(name, capsys):
-    check(name, RIGHT[name])
-    assert capsys.readouterr().out == f"right: {name}\n"
-    assert passes(name, RIGHT[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "slip"),
-    [(n, slip) for n, slips in WRONG.items() for slip in slips],
-)
-def test_a_typical_slip_is_found_and_named(name, slip, capsys):
-    assert not passes(name, WRONG[name][slip])
-    check(name, WRONG[name][slip])
-    verdict = capsys.readouterr().out
-    assert verdict.startswith(f"wrong: {name}: ")
-
-
-def open_kernel(*args, **constants):
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize(
-    ("name", "answer"),
-    [
-        ("ch10-bytes", _PASSES | {"layer norm, backward": None}),
-        ("ch10-row", open_kernel),
-        ("ch10-bug", open_kernel),
-        ("ch10-partials", open_kernel),
-        ("ch10-faster", open_kernel),
-    ],
-)
-def test_what_is_not_written_yet_is_open(name, answer, capsys):
-    check(name, answer)
-    assert capsys.readouterr().out.startswith(f"open:  {name}")
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_there_are_two_hints(name, capsys):
-    check(name, None, hint=2)
-    assert "Hint 2 of 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "slip", "told"),
-    [
-        ("ch10-row", "no mask", "a mask is missing or wrong"),
-        ("ch10-row", "read twice", "bytes are moved"),
-        ("ch10-partials", "all write to one place", "programs 0 and 1"),
-        ("ch10-faster", "every multiprocessor works", "microseconds"),
-    ],
-)
-def test_a_message_says_what_went_wrong(name, slip, told, capsys):
-    check(name, WRONG[name][slip])
-    assert told in capsys.readouterr().out
+SAID = {
+    "ch10-row": {
+        "no mask": "a mask is missing or wrong",
+        "read twice": "bytes are moved",
+    },
+    "ch10-partials": {"all write to one place": "programs 0 and 1"},
+    "ch10-faster": {"every multiprocessor works": "microseconds"},
+}

@@ -1,11 +1,6 @@
-"""Each check of chapter 5 passes what is right and names what is wrong."""
-
-import re
+"""Answers to the exercises of chapter 5, right and wrong."""
 
 import numpy as np
-import pytest
-
-from normlib.exercises import check, passes
 
 
 def norm(unbatched="", uncentered=("rms",), swapped=False, eps=1e-5):
@@ -70,6 +65,10 @@ RIGHT = {
     "ch5-blind": BLIND,
 }
 
+ALSO_RIGHT = {
+    "ch5-rms-backward": {"a list": lambda *args: list(rms_backward()(*args))},
+}
+
 WRONG = {
     "ch5-axes": {
         "batch norm within a sample": norm(unbatched="batch"),
@@ -106,48 +105,4 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_the_right_answer_passes(name):
-    assert passes(name, RIGHT[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "slip"),
-    [(n, slip) for n, slips in WRONG.items() for slip in slips],
-)
-def test_a_typical_slip_is_found_and_named(name, slip, capsys):
-    assert not passes(name, WRONG[name][slip])
-    check(name, WRONG[name][slip])
-    verdict = capsys.readouterr().out
-    assert verdict.startswith(f"wrong: {name}: ")
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_there_are_two_hints(name, capsys):
-    check(name, None, hint=2)
-    assert "Hint 2 of 2" in capsys.readouterr().out
-
-
-def test_a_message_says_how_much_filler_there_was(capsys):
-    check("ch5-masked", masked(of=lambda x, mask: x))
-    assert "padded to 5 with 0" in capsys.readouterr().out
-
-
-def test_a_message_says_which_norms_are_not_yet_right(capsys):
-    check("ch5-blind", BLIND | {(1,): set("ABE")})
-    message = capsys.readouterr().out
-    assert "over (1,), 1 of the letters" in message
-    assert "(3,)" not in message
-
-
-def test_two_gradients_may_come_in_a_list():
-    def answer(*args):
-        return list(rms_backward()(*args))
-
-    assert passes("ch5-rms-backward", answer)
-
-
-def test_a_message_shows_digits_that_differ(capsys):
-    check("ch5-axes", norm(eps=0.0))
-    numbers = re.search(r"expected (\S+), got (\S+)", capsys.readouterr().out)
-    assert numbers[1] != numbers[2]
+SAID = {"ch5-masked": {"filler in the statistics": "padded to 5 with 0"}}
