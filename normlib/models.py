@@ -1,9 +1,21 @@
-"""Small networks of the chapters, each with a slot for a normalization layer.
+"""Small networks of the chapters, with slots for norms and activations.
 
-A slot is a callable: it takes the number of channels and returns a layer, so
-``norm=normlib.BatchNorm1d`` fills every slot of :func:`mlp` and ``norm=None``
-leaves them empty. The weights depend on the seed alone: two networks that
-differ only in their slots start from the same weights.
+What they have in common:
+
+- ``norm`` makes the layer of a slot from its number of channels, so
+  ``norm=normlib.BatchNorm1d`` fills every slot of :func:`mlp`, and ``None``
+  leaves them empty.
+- ``act`` makes an activation.
+- ``place`` puts the norm ``"before"`` its activation or ``"after"`` it.
+- ``init`` fills a weight; it is called as ``init(weight, generator=...)``.
+  Biases start at zero.
+- ``seed`` is that of the weights. They depend on it alone: two networks that
+  differ only in their slots start from the same weights.
+
+A linear layer or convolution directly followed by a norm has no bias. Behind
+batch norm it would do nothing, and the norm's own takes its place. Behind a
+norm over the features it would be a parameter in its own right, and behind
+RMS norm, which has no bias either, a hidden unit is left without one.
 """
 
 from collections.abc import Callable
@@ -31,21 +43,17 @@ def mlp(
         sizes: features of the input, of each hidden layer, and of the output,
             such as ``[64] + 8 * [64] + [10]``. The output layer has neither
             norm nor activation.
-        norm: makes the layer of a slot from its number of features.
-        act: makes an activation.
-        place: ``"before"`` the activation or ``"after"`` it.
-        init: fills a weight; called as ``init(weight, generator=...)``.
+        norm: of the slots, see :mod:`normlib.models`.
+        act: of the slots.
+        place: of the norm.
+        init: of the weights.
         seed: of the weights.
 
     Returns:
-        The network; its biases start at zero. A linear layer directly
-        followed by a norm has no bias. Behind batch norm it would do nothing,
-        and the norm's own takes its place. Behind a norm over the features
-        it would be a parameter in its own right, and behind RMS norm, which
-        has no bias either, a hidden unit is left without one.
+        The network, from ``(N, sizes[0])`` to ``(N, sizes[-1])``.
 
     Raises:
-        ValueError: where ``place`` is neither.
+        ValueError: where ``place`` is neither of its two values.
 
     Chapter 2.
     """
@@ -74,18 +82,17 @@ def cnn(
 
     Args:
         channels: of each convolution's output, such as ``[16, 32, 32]``.
-        norm: makes the layer of a slot from its number of channels.
-        act: makes an activation.
-        place: ``"before"`` the activation or ``"after"`` it.
-        init: fills a weight; called as ``init(weight, generator=...)``.
+        norm: of the slots, see :mod:`normlib.models`.
+        act: of the slots.
+        place: of the norm.
+        init: of the weights.
         seed: of the weights.
 
     Returns:
-        The network, from ``(N, 64)`` pixels to ``(N, 10)`` scores. Biases as
-        in :func:`mlp`.
+        The network, from ``(N, 64)`` pixels to ``(N, 10)`` scores.
 
     Raises:
-        ValueError: where ``place`` is neither.
+        ValueError: where ``place`` is neither of its two values.
 
     Chapter 2.
     """
@@ -136,15 +143,14 @@ def vgg(
 
     Args:
         size: a key of :data:`VGG`.
-        norm: makes the layer of a slot from its number of channels.
-        act: makes an activation.
-        place: ``"before"`` the activation or ``"after"`` it.
-        init: fills a weight; called as ``init(weight, generator=...)``.
+        norm: of the slots, see :mod:`normlib.models`.
+        act: of the slots.
+        place: of the norm.
+        init: of the weights.
         seed: of the weights.
 
     Returns:
-        The network, from ``(N, 3, 32, 32)`` to ``(N, 10)`` scores. Biases as
-        in :func:`mlp`.
+        The network, from ``(N, 3, 32, 32)`` to ``(N, 10)`` scores.
 
     Raises:
         ValueError: an unknown size or place.
@@ -185,8 +191,8 @@ def deep_linear(
     Args:
         depth: number of matrices.
         width: of each.
-        norm: makes the layer of a slot from the width.
-        init: fills a weight; called as ``init(weight, generator=...)``.
+        norm: of the slots, see :mod:`normlib.models`.
+        init: of the weights.
         seed: of the weights.
 
     Returns:
@@ -224,16 +230,15 @@ def resnet(
     Args:
         widths: channels of each stage.
         blocks: in each stage.
-        norm: makes the layer of a slot from its number of channels.
-        act: makes an activation.
+        norm: of the slots, see :mod:`normlib.models`.
+        act: of the slots.
         channels: of the image.
         classes: number of scores.
-        init: fills a weight; called as ``init(weight, generator=...)``.
+        init: of the weights.
         seed: of the weights.
 
     Returns:
         The network, from ``(N, channels, H, W)`` to ``(N, classes)`` scores.
-        A convolution has no bias where a norm follows.
 
     He, Zhang, Ren & Sun (2016, section 4.2). Chapter 4.
     """
@@ -261,8 +266,8 @@ class Residual(nn.Module):
         fan_in: channels of the input.
         width: channels of the output.
         stride: of the first convolution, and of the shortcut.
-        norm: makes the layer of a slot from its number of channels.
-        act: makes an activation.
+        norm: of the slots, see :mod:`normlib.models`.
+        act: of the slots.
 
     He, Zhang, Ren & Sun (2016). Chapter 4.
     """
@@ -312,7 +317,7 @@ class Recurrent(nn.Module):
         features: of a step, without that last one.
         width: of the state.
         classes: number of scores.
-        norm: makes the layer of a slot from the width.
+        norm: of the slots, see :mod:`normlib.models`.
         steps: how many layers the slot holds: step t has its own layer while
             t is below this number, and later steps share the last.
         masked: whether a layer sees only the sequences that still run. In
