@@ -4,7 +4,8 @@ Layers with the constructors, keys and errors of torch.nn:
 :class:`BatchNorm1d`, :class:`BatchNorm2d` and :class:`BatchNorm3d`, and
 :class:`BatchNorm` for any rank; :class:`InstanceNorm1d`,
 :class:`InstanceNorm2d`, :class:`InstanceNorm3d`, :class:`GroupNorm`,
-:class:`LayerNorm`, :class:`RMSNorm`. The same as functions:
+:class:`LayerNorm`, :class:`RMSNorm`. With the residual addition before them:
+:class:`AddLayerNorm`, :class:`AddRMSNorm`. The same as functions:
 :mod:`normlib.functional`. The mathematics in NumPy, with the gradients by
 hand: :mod:`normlib.reference`. What torch.nn has not:
 :mod:`normlib.variants`. Batch norm at test time: :mod:`normlib.inference`.
@@ -23,6 +24,8 @@ from normlib import (
 )
 from normlib.backends import use_backend
 from normlib.modules import (
+    AddLayerNorm,
+    AddRMSNorm,
     BatchNorm,
     BatchNorm1d,
     BatchNorm2d,
@@ -38,6 +41,8 @@ from normlib.modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",

@@ -646,6 +646,62 @@ class RMSNorm(_TrailingNorm):
         )
 
 
+class AddLayerNorm(LayerNorm):
+    """Add a residual, and normalize the sum by :class:`LayerNorm`.
+
+    ``total = input + residual; y = layer_norm(total)``, in one kernel where
+    a backend has one that pays. Constructor, parameters and keys are those of
+    :class:`LayerNorm`::
+
+        y, x = self.norm(self.attention(y), x)
+
+    See :func:`normlib.functional.add_layer_norm`. Chapter 10.
+    """
+
+    def forward(
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add, and normalize the trailing axes.
+
+        Args:
+            input: (..., D), D as in ``normalized_shape``.
+            residual: of the same shape.
+
+        Returns:
+            y and the sum.
+        """
+        return functional.add_layer_norm(
+            *(input, residual, self.normalized_shape),
+            *(self.weight, self.bias, self.eps),
+        )
+
+
+class AddRMSNorm(RMSNorm):
+    """Add a residual, and normalize the sum by :class:`RMSNorm`.
+
+    ``total = input + residual; y = rms_norm(total)``, otherwise as
+    :class:`AddLayerNorm`. See :func:`normlib.functional.add_rms_norm`.
+    Chapter 10.
+    """
+
+    def forward(
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add, and normalize the trailing axes.
+
+        Args:
+            input: (..., D), D as in ``normalized_shape``.
+            residual: of the same shape.
+
+        Returns:
+            y and the sum.
+        """
+        return functional.add_rms_norm(
+            *(input, residual, self.normalized_shape),
+            *(self.weight, self.eps),
+        )
+
+
 @contextmanager
 def _restored(*buffers: Tensor | None) -> Iterator[None]:
     """Give buffers their values back where the block is not finished."""

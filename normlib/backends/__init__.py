@@ -14,6 +14,15 @@ A backend is a module with five functions:
     the work: ``(y, moments)``, where the moments may be None unless asked
     for.
 
+It may have two more:
+
+``evaluate(x, view, mean, var, weight, bias, eps)``
+    the same by given statistics, one for each group;
+``fuse(x, view, weight, bias, eps, extras, *, over_batch, centered, moments)``
+    the norm together with its neighbors, as
+    :class:`normlib.backends.fused.Extras` says: ``(y, total, moments)``. Its
+    ``supports`` and ``pays`` then take ``extras`` too.
+
 :func:`pick` takes the first of :data:`BACKENDS` that pays. Where none does,
 torch's own kernel is the best, and it is called with the caller's own
 arguments: so it is for small tensors, and wherever something other than a
@@ -111,6 +120,7 @@ def pick(
     over_batch: bool,
     centered: bool,
     given: object = None,
+    extras: fused.Extras | None = None,
 ) -> ModuleType | None:
     """The backend for a call that :func:`considers` let through.
 
@@ -121,27 +131,31 @@ def pick(
         bias: see there.
         over_batch: see there.
         centered: see there.
-        given: statistics from outside; for these a backend needs a function
-            ``evaluate(x, view, mean, var, weight, bias, eps)``.
+        given: statistics from outside; these need ``evaluate``.
+        extras: what to fuse with the norm; this needs ``fuse``.
 
     Returns:
         The forced backend, or the first that pays, or None: torch's own
-        kernel is the best.
+        kernel is the best, or none fuses this.
 
     Raises:
-        RuntimeError: a backend is forced and cannot serve this call.
+        RuntimeError: a backend is forced and cannot serve this call. Where it
+            does not fuse it, the norm is asked for alone.
     """
     call = (x, view, weight, bias)
     kind = {"over_batch": over_batch, "centered": centered}
+    needed = "normalize" if given is None else "evaluate"
+    if extras is not None:
+        needed, kind["extras"] = "fuse", extras
     names = BACKENDS if _forced is None else (_forced,)
     for name in names:
         module = BACKENDS[name]
-        serves = given is None or hasattr(module, "evaluate")
+        serves = hasattr(module, needed)
         if not serves or not module.supports(*call, **kind):
             continue
         if _forced is not None or module.pays(*call, **kind):
             return module
-    if _forced is None:
+    if _forced is None or extras is not None:
         return None
     raise RuntimeError(
         f"backend {_forced!r} is forced and does not serve "

@@ -10,6 +10,7 @@ derivative, or a backward in unusual company, is taken from the formula too:
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from normlib.stats import Moments
 
 TENSORS = (Tensor, torch.nn.Parameter)
 """The types of a plain tensor; a subclass may mean anything."""
+
+
+class Extras(NamedTuple):
+    """What kernels do on the way, besides the norm."""
+
+    residual: Tensor | None = None
+    """Added to x before the norm: of its shape and dtype, any strides."""
+    total: Tensor | None = None
+    """Where the forward leaves x + residual."""
+    dtotal: Tensor | None = None
+    """In the backward, what is added to dx, the gradient of that sum from
+    elsewhere; likewise."""
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -98,45 +111,105 @@ def normalize(
         As :func:`normlib.backends.eager.normalize`, the moments None where
         they are not wanted.
     """
+    y, _, found = fuse(
+        *(kernels, x, view, weight, bias, eps, Extras()),
+        over_batch=over_batch,
+        centered=centered,
+        moments=moments,
+    )
+    return y, found
+
+
+def fuse(
+    kernels: ModuleType,
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    extras: Extras,
+    *,
+    over_batch: bool,
+    centered: bool,
+    moments: bool = False,
+) -> tuple[Tensor, Tensor | None, Moments | None]:
+    """The same with more in the same kernels: the norm of x + residual.
+
+    Args:
+        kernels: as for :func:`normalize`. Where something is fused, forward
+            and backward are also given ``extras``; where a residual is, the
+            backward's x is the sum.
+        x: as there, as are the next four.
+        view: see there.
+        weight: see there.
+        bias: see there.
+        eps: see there.
+        extras: the residual, plain, or none.
+        over_batch: see there.
+        centered: see there.
+        moments: see there.
+
+    Returns:
+        y; x + residual in the dtype of x, or None without a residual; the
+        moments, or None.
+    """
+    residual = extras.residual
     kind = {"over_batch": over_batch, "centered": centered}
+    call = kernels, view, eps, kind
     needs_graph = torch.is_grad_enabled() and any(
-        p is not None and p.requires_grad for p in (x, weight, bias)
+        p is not None and p.requires_grad for p in (x, residual, weight, bias)
     )
     if needs_graph:
-        y, mean, var = _Fused.apply(x, weight, bias, kernels, view, eps, kind)
+        y, total, mean, var = _Fused.apply(x, residual, weight, bias, call)
     else:
         with torch.no_grad():
-            y, mean, var, _ = kernels.forward(
-                x, view, weight, bias, eps, **kind
-            )
+            y, total, mean, var, _ = _forward(x, residual, weight, bias, call)
     if not moments:
-        return y, None
+        return y, total, None
     if var is None or not centered:
-        return y, eager.moments(x, view, **kind)
+        x = x if total is None else total
+        return y, total, eager.moments(x, view, **kind)
     shape = (1 if over_batch else view.N, view.G, 1, 1)
     count = view.count(over_batch)
-    return y, Moments(count, mean.reshape(shape), var.reshape(shape))
+    found = Moments(count, mean.reshape(shape), var.reshape(shape))
+    return y, total, found
+
+
+def flat(p: Tensor | None) -> Tensor | None:
+    """A weight or bias as kernels read it: one value after the other."""
+    return None if p is None else p.reshape(-1).contiguous()
+
+
+def _forward(x, residual, weight, bias, call):
+    """The kernels' forward: y, x + residual, mean, var, kept."""
+    kernels, view, eps, kind = call
+    total = None
+    if residual is not None:
+        total = torch.empty_like(x)
+        kind = {**kind, "extras": Extras(residual, total)}
+    y, *rest = kernels.forward(x, view, weight, bias, eps, **kind)
+    return y, total, *rest
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, kernels, view, eps, kind):
-        y, mean, var, kept = kernels.forward(
-            x, view, weight, bias, eps, **kind
-        )
+    def forward(ctx, x, residual, weight, bias, call):
+        y, total, mean, var, kept = _forward(x, residual, weight, bias, call)
         # The weight is of no use to its own gradient; saved all the same,
         # it could not be changed in place before the backward.
-        scale = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, scale, *kept)
+        scale = weight if any(ctx.needs_input_grad[:2]) else None
+        ctx.save_for_backward(x if total is None else total, scale, *kept)
         ctx.set_materialize_grads(False)
-        ctx.call = kernels, view, eps, kind
+        ctx.call = call
         ctx.parameters = tuple(
             None if p is None else (p.shape, p.dtype) for p in (weight, bias)
         )
-        return y, mean, var
+        return y, total, mean, var
 
     @staticmethod
-    def backward(ctx, dy, dmean, dvar):
+    def backward(ctx, dy, dtotal, dmean, dvar):
+        if dy is dmean is dvar is None:  # the sum alone was used
+            return dtotal, dtotal, None, None, None
         # The order matters: with a graph being made, the saved statistics
         # are constants and would give wrong second derivatives.
         x, weight, *kept = (
@@ -144,18 +217,23 @@ class _Fused(torch.autograd.Function):
             for t in ctx.saved_tensors
         )
         kernels, view, eps, kind = ctx.call
-        needs = ctx.needs_input_grad[:3]
+        of_x, of_residual, *others = ctx.needs_input_grad[:4]
+        needs = (of_x or of_residual, *others)
         if (
             torch.is_grad_enabled()
             or dy is None
             or dmean is not None
             or dvar is not None
-            or not plain(dy, x, weight)
+            or not plain(dy, dtotal, x, weight)
         ):
             dx, *rest = eager.backward(
                 dy, x, view, weight, eps, needs, dmean, dvar, **kind
             )
+            if dx is not None and dtotal is not None:
+                dx = dx + dtotal
         else:
+            if dtotal is not None:
+                kind = {**kind, "extras": Extras(dtotal=dtotal)}
             dx, *rest = kernels.backward(
                 dy, x, view, weight, tuple(kept), needs, **kind
             )
@@ -163,7 +241,7 @@ class _Fused(torch.autograd.Function):
             None if g is None else g.reshape(like[0]).to(like[1])
             for g, like in zip(rest, ctx.parameters, strict=True)
         ]
-        return dx, *gradients, None, None, None, None
+        return dx, dx if of_residual else None, *gradients, None
 
 
 def _lookup():

@@ -29,28 +29,38 @@ import triton.language as tl
 @triton.jit
 def trailing_forward(
     x_ptr,
+    residual_ptr,
     weight_ptr,
     bias_ptr,
+    total_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
     rows,
     columns,
     eps,
+    ADDS: tl.constexpr,
     CENTERED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Normalize ROWS rows, each of at most BLOCK columns."""
+    """Normalize ROWS rows, each of at most BLOCK columns.
+
+    Where ADDS, the rows of x + residual, which are stored too.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < columns)
-    at = row.to(tl.int64) * columns + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if CENTERED:
-        x = _from_first(x, x_ptr + row.to(tl.int64) * columns, row < rows)
+    start = row.to(tl.int64) * columns
+    at = start + column
+    x = _read(x_ptr, residual_ptr, at, inside, ADDS)
+    if ADDS:
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, total, mask=inside)
+    if CENTERED:  # of the values less the first, as in _from_first
+        x -= _read(x_ptr, residual_ptr, start, row < rows, ADDS)
         x = tl.where(inside, x, 0.0)
         mean = tl.sum(x, 1, keep_dims=True) / columns
         x = tl.where(inside, x - mean, 0.0)
@@ -75,6 +85,7 @@ def trailing_backward(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    dtotal_ptr,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -82,6 +93,7 @@ def trailing_backward(
     columns,
     CENTERED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_DTOTAL: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
@@ -125,7 +137,10 @@ def trailing_backward(
             dx = g - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / columns)
             if CENTERED:
                 dx -= tl.sum(g, 1, keep_dims=True) / columns
-            dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
+            dx = dx * rstd
+            if HAS_DTOTAL:
+                dx += tl.load(dtotal_ptr + at, mask=inside, other=0.0)
+            dx = dx.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + at, dx, mask=inside)
     part = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, BLOCK)
     here = tl.arange(0, BLOCK) < columns
@@ -138,13 +153,16 @@ def trailing_backward(
 @triton.jit
 def long_forward(
     x_ptr,
+    residual_ptr,
     weight_ptr,
     bias_ptr,
+    total_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
     columns,
     eps,
+    ADDS: tl.constexpr,
     CENTERED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -154,27 +172,33 @@ def long_forward(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * columns
     y_ptr += row * columns
+    if ADDS:
+        residual_ptr += row * columns
+        total_ptr += row * columns
     count = 0.0
     mean = 0.0
     m2 = 0.0
     start = 0.0
     if CENTERED:
-        start = tl.load(x_ptr).to(tl.float32)
+        start = _read(x_ptr, residual_ptr, 0, True, ADDS)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, residual_ptr, column, inside, ADDS)
+        if ADDS:
+            total = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + column, total, mask=inside)
         x = tl.where(inside, x - start, 0.0)
         size = tl.minimum(columns - first, BLOCK).to(tl.float32)
         here = 0.0
         if CENTERED:
             here = tl.sum(x, 0) / size
             x = tl.where(inside, x - here, 0.0)
-        total = count + size
+        share = size / (count + size)
         delta = here - mean
-        m2 += tl.sum(x * x, 0) + delta * delta * (count * size / total)
-        mean += delta * (size / total)
-        count = total
+        m2 += tl.sum(x * x, 0) + delta * delta * (count * share)
+        mean += delta * share
+        count += size
     rstd = 1.0 / tl.sqrt(m2 / columns + eps)
     tl.store(rstd_ptr + row, rstd)
     if CENTERED:
@@ -182,7 +206,7 @@ def long_forward(
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, residual_ptr, column, inside, ADDS)
         y = (x - start - mean) * rstd
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -201,10 +225,12 @@ def long_backward(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    dtotal_ptr,
     dx_ptr,
     columns,
     CENTERED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_DTOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Dx of one row in blocks: its two sums, then the row again."""
@@ -212,6 +238,8 @@ def long_backward(
     dy_ptr += row * columns
     x_ptr += row * columns
     dx_ptr += row * columns
+    if HAS_DTOTAL:
+        dtotal_ptr += row * columns
     rstd = tl.load(rstd_ptr + row)
     start = 0.0
     mean = 0.0
@@ -243,8 +271,10 @@ def long_backward(
         dx = g - ((x - start - mean) * rstd) * gxhat_mean
         if CENTERED:
             dx -= g_mean
-        dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + column, dx, mask=inside)
+        dx = dx * rstd
+        if HAS_DTOTAL:
+            dx += tl.load(dtotal_ptr + column, mask=inside, other=0.0)
+        tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -425,6 +455,16 @@ def planes_backward(
             dx -= _total(g) / size
         dx = (dx * rstd).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + at, dx, mask=inside)
+
+
+@triton.jit
+def _read(x_ptr, residual_ptr, at, mask, ADDS: tl.constexpr):
+    """Values of x in float32; or of x + residual, rounded as x is."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
 
 
 @triton.jit

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from normlib.axes import View
 from normlib.backends import fused
+from normlib.backends.fused import Extras
 
+NOTHING = Extras()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE = 2**14
@@ -52,15 +54,23 @@ def supports(
     *,
     over_batch: bool,
     centered: bool,
+    extras: Extras = NOTHING,
 ) -> bool:
     """Whether the kernels serve this call, at any size.
 
     float32, float16 and bfloat16; weight and bias float32 or of the dtype of
     x; x contiguous or with its channels last; more than one value to a
-    statistic; and an ordinary call, as
-    :func:`normlib.backends.fused.plain` says.
+    statistic; a residual of the dtype of x, for rows with a weight for each
+    column; and an ordinary call, as :func:`normlib.backends.fused.plain`
+    says.
     """
     given = [p for p in (weight, bias) if p is not None]
+    family = _family(x, view, over_batch)
+    residual = extras.residual
+    adds = residual is not None
+    if adds and (family not in _ROWS or residual.dtype != x.dtype):
+        return False
+    given += [residual] * adds
     return (
         x.device.type == ("cpu" if _interpreted() else "cuda")
         and x.dtype in _DTYPES
@@ -68,8 +78,8 @@ def supports(
         and view.count(over_batch) > 1
         and all(p.dtype in (x.dtype, torch.float32) for p in given)
         and all(p.device == x.device for p in given)
-        and _family(x, view, over_batch) is not None
-        and fused.plain(x, weight, bias)
+        and family is not None
+        and fused.plain(x, *given)
     )
 
 
@@ -86,8 +96,9 @@ def pays(
     *,
     over_batch: bool,
     centered: bool,
+    extras: Extras = NOTHING,
 ) -> bool:
-    """Whether it is faster than torch's own kernel, by the records."""
+    """Whether it is faster than torch's own kernels, by the records."""
     return False
 
 
@@ -100,16 +111,20 @@ def forward(
     *,
     over_batch: bool,
     centered: bool,
+    extras: Extras = NOTHING,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
     """``weight * (x - mean) * rstd + bias`` over the view.
+
+    With a residual, of x + residual, which goes to ``extras.total``.
 
     Returns:
         y in the shape, dtype and memory format of x; mean and biased var of
         shape (G,) where ``over_batch``, or else None; and what the backward
         needs: the mean less the first value that went into it, and rstd.
     """
-    parameters = _flat(weight), _flat(bias)
-    call = _Call(x, view, *parameters, centered, over_batch)
+    parameters = fused.flat(weight), fused.flat(bias)
+    extras = _alike(x, extras)
+    call = _Call(x, view, *parameters, centered, over_batch, extras)
     return _family(x, view, over_batch).forward(call, eps)
 
 
@@ -123,18 +138,20 @@ def backward(
     *,
     over_batch: bool,
     centered: bool,
+    extras: Extras = NOTHING,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dx = rstd * (g - ⟨g⟩ - xhat * ⟨g * xhat⟩)`` with ``g = dy * weight``.
 
     Args:
         dy: of the shape of x, with any strides.
-        x: the forward's input, as are view and weight.
+        x: what was normalized: the forward's input, or the sum.
         view: of x.
         weight: G·K values, or None.
         kept: from :func:`forward`.
         needs: whether dx, dweight and dbias are wanted.
         over_batch: whether the statistics ran over the instances.
         centered: whether the mean was subtracted.
+        extras: with ``dtotal``, which is added to dx.
 
     Returns:
         dx, dweight and dbias (these in float32); None in place of what is
@@ -142,11 +159,25 @@ def backward(
     """
     family = _family(x, view, over_batch)
     dy = dy.contiguous(memory_format=fused.layout(x))
-    call = _Call(x, view, _flat(weight), None, centered, over_batch)
+    parameters = fused.flat(weight), None
+    extras = _alike(x, extras)
+    call = _Call(x, view, *parameters, centered, over_batch, extras)
     dx = torch.empty_like(x) if needs[0] else None
     sums = family.backward(call, dy, kept, dx, needs)
     return dx, *(
         s if n else None for s, n in zip(sums, needs[1:], strict=True)
+    )
+
+
+def _alike(x: Tensor, extras: Extras) -> Extras:
+    """The same, in memory as x is."""
+    form = fused.layout(x)
+    return extras._replace(
+        **{
+            name: t.contiguous(memory_format=form)
+            for name, t in extras._asdict().items()
+            if isinstance(t, Tensor)
+        }
     )
 
 
@@ -159,6 +190,7 @@ class _Call(NamedTuple):
     bias: Tensor | None
     centered: bool
     over_batch: bool
+    extras: Extras
 
     def new(self, *shape) -> Tensor:
         """Room for numbers in float32."""
@@ -201,7 +233,9 @@ def _trailing_forward(call, eps):
     _launch(
         _kernels().trailing_forward,
         (_cdiv(n, rows),),
-        *(call.x, call.weight, call.bias, y, mean, rstd, n, k, eps),
+        *(call.x, call.extras.residual, call.weight, call.bias),
+        *(call.extras.total, y, mean, rstd, n, k, eps),
+        ADDS=call.extras.residual is not None,
         CENTERED=call.centered,
         HAS_WEIGHT=call.weight is not None,
         HAS_BIAS=call.bias is not None,
@@ -220,9 +254,11 @@ def _trailing_backward(call, dy, kept, dx, needs):
     _launch(
         _kernels().trailing_backward,
         (programs,),
-        *(dy, call.x, call.weight, *kept, dx, *parts, n, k),
+        *(dy, call.x, call.weight, *kept),
+        *(call.extras.dtotal, dx, *parts, n, k),
         CENTERED=call.centered,
         HAS_WEIGHT=call.weight is not None,
+        HAS_DTOTAL=call.extras.dtotal is not None,
         NEEDS_DX=needs[0],
         NEEDS_DWEIGHT=needs[1],
         NEEDS_DBIAS=needs[2],
@@ -240,7 +276,9 @@ def _long_forward(call, eps):
     _launch(
         _kernels().long_forward,
         (n,),
-        *(call.x, call.weight, call.bias, y, mean, rstd, k, eps),
+        *(call.x, call.extras.residual, call.weight, call.bias),
+        *(call.extras.total, y, mean, rstd, k, eps),
+        ADDS=call.extras.residual is not None,
         CENTERED=call.centered,
         HAS_WEIGHT=call.weight is not None,
         HAS_BIAS=call.bias is not None,
@@ -256,9 +294,10 @@ def _long_backward(call, dy, kept, dx, needs):
         _launch(
             _kernels().long_backward,
             (n,),
-            *(dy, call.x, call.weight, *kept, dx, k),
+            *(dy, call.x, call.weight, *kept, call.extras.dtotal, dx, k),
             CENTERED=call.centered,
             HAS_WEIGHT=call.weight is not None,
+            HAS_DTOTAL=call.extras.dtotal is not None,
             BLOCK=LONG_BLOCK,
             num_warps=_warps(LONG_BLOCK),
         )
@@ -511,10 +550,6 @@ def _launch(kernel, grid, *args, **constants):
         kernel[grid](*args, **constants)
 
 
-def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1).contiguous()
-
-
 def _rows(n, k):
     return min(max(1, FEW // _power(k)), _power(n))
 
@@ -558,7 +593,9 @@ def _multiprocessors(device) -> int:
 
 _TRAILING = _Family(_trailing_forward, _trailing_backward)
 _LONG = _Family(_long_forward, _long_backward)
+_ROWS = (_TRAILING, _LONG)
 _PLANES = _Family(_planes_forward, _planes_backward)
 _CHANNELS = _Family(_channels_forward, _channels_backward)
 
 normalize = partial(fused.normalize, sys.modules[__name__])
+fuse = partial(fused.fuse, sys.modules[__name__])
