@@ -163,7 +163,7 @@ def forward(
         not ``over_batch``.
     """
     path = _path(x, view, weight, bias, over_batch, centered)
-    weight, bias = _flat(weight), _flat(bias)
+    weight, bias = fused.flat(weight), fused.flat(bias)
     y, mean, var, rstd = path.forward(x, view, weight, bias, eps)
     return y, mean, var, (mean, rstd)
 
@@ -199,7 +199,7 @@ def backward(
     path = _path(x, view, weight, None, over_batch, centered)
     # Not all of torch's kernels see to the layout of dy.
     dy = dy.contiguous(memory_format=fused.layout(x))
-    return path.backward(dy, x, view, _flat(weight), *kept, needs)
+    return path.backward(dy, x, view, fused.flat(weight), *kept, needs)
 
 
 def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
@@ -606,10 +606,6 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
 
 
 # What they share
-
-
-def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1).contiguous()
 
 
 def _sums(dy, x, mean, rstd):
