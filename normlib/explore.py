@@ -138,10 +138,14 @@ class LossContours:
             "@RATE@": f"{self.rate:.2f}",
             "@BEST@": f"{2 * kappa / (kappa + 1):.2f}",
         }
-        html = _PAGE
-        for key, value in fill.items():
-            html = html.replace(key, value)
-        return html
+        return _filled(_PAGE, fill)
+
+
+def _filled(page: str, fill: Mapping[str, str]) -> str:
+    """The page with its placeholders replaced, one after the other."""
+    for key, value in fill.items():
+        page = page.replace(key, value)
+    return page
 
 
 def _number(kappa: float) -> str:
@@ -412,10 +416,7 @@ class NormCube:
             "@SIZES@": f"{_SAMPLES},{_CHANNELS},{_PLACES}",
             "@HIDDEN@": "" if self.norm == "group" else " hidden",
         }
-        html = _CUBE_PAGE
-        for key, value in fill.items():
-            html = html.replace(key, value)
-        return html
+        return _filled(_CUBE_PAGE, fill)
 
 
 def _divisors(number: int) -> list[int]:
@@ -868,10 +869,7 @@ class RunningAverage:
             "@BATCHES@": str(_BATCHES),
             "@DEBIAS@": "true" if self.debias else "false",
         }
-        html = _RUNNING_PAGE
-        for key, value in fill.items():
-            html = html.replace(key, value)
-        return html
+        return _filled(_RUNNING_PAGE, fill)
 
 
 _CEILING, _GROUND, _FLOOR, _TALL = 14.0, 190.0, 276.0, 58.0
@@ -898,6 +896,28 @@ def _percent(share: float) -> str:
 def _decay(momentum: float) -> str:
     return f"{1 - momentum:.3f}".rstrip("0")
 
+
+def _controls(figure: str, prefix: str, on: str, focus: str) -> str:
+    """The style of sliders and buttons, with the figure's own colors."""
+    fill = {"@FIGURE@": figure, "@P@": prefix, "@ON@": on, "@FOCUS@": focus}
+    return _filled(_CONTROLS, fill)
+
+
+_CONTROLS = """\
+.normlib-@FIGURE@ label{display:block;margin:.4rem 0 0}
+.normlib-@FIGURE@ input{display:block;width:100%;margin:.2rem 0;
+accent-color:var(--@P@-@ON@)}
+.normlib-@FIGURE@ .@P@-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
+margin:.5rem 0 .2rem}
+.normlib-@FIGURE@ button{font:inherit;color:inherit;padding:.25rem .6rem;
+background:var(--@P@-back);border:1px solid var(--@P@-muted);
+border-radius:6px;cursor:pointer}
+.normlib-@FIGURE@ button[aria-pressed=true]{border-color:var(--@P@-@ON@);
+box-shadow:inset 0 0 0 1px var(--@P@-@ON@);font-weight:600}
+.normlib-@FIGURE@ button:focus-visible,
+.normlib-@FIGURE@ input:focus-visible{outline:2px solid var(--@P@-@FOCUS@);
+outline-offset:2px}
+"""
 
 _RUNNING_PAGE = """\
 <div class="normlib-running" data-notch="@NOTCH@" data-step="@STEP@"
@@ -993,20 +1013,7 @@ background:var(--nr-start)}
 .normlib-running .nr-told p{margin:.3rem 0}
 .normlib-running .nr-above{font-weight:600}
 .normlib-running .nr-below{min-height:2.8em}
-.normlib-running label{display:block;margin:.4rem 0 0}
-.normlib-running input{display:block;width:100%;margin:.2rem 0;
-accent-color:var(--nr-on)}
-.normlib-running .nr-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
-margin:.5rem 0 .2rem}
-.normlib-running button{font:inherit;color:inherit;padding:.25rem .6rem;
-background:var(--nr-back);border:1px solid var(--nr-muted);
-border-radius:6px;cursor:pointer}
-.normlib-running button[aria-pressed=true]{border-color:var(--nr-on);
-box-shadow:inset 0 0 0 1px var(--nr-on);font-weight:600}
-.normlib-running button:focus-visible,
-.normlib-running input:focus-visible{outline:2px solid var(--nr-accent);
-outline-offset:2px}
-"""
+""" + _controls("running", "nr", "on", "accent")
 
 _RUNNING_SCRIPT = """
 document.querySelectorAll(".normlib-running:not([data-ready])")
@@ -1257,15 +1264,11 @@ class GradientWalk:
             "@LAST@": str(len(self.sizes) - 1),
             "@MOMENT@": str(at),
             "@BUTTONS@": "".join(
-                f'<button type="button" data-at="{j}" aria-pressed="'
-                f'{"true" if j == at else "false"}">{escape(label)}</button>'
+                _choice("at", str(j), escape(label), j == at)
                 for j, label in enumerate(self.moments)
             ),
         }
-        html = _WALK_PAGE
-        for key, value in fill.items():
-            html = html.replace(key, value)
-        return html
+        return _filled(_WALK_PAGE, fill)
 
 
 class _Panel(NamedTuple):
@@ -1417,20 +1420,7 @@ min-height:2.8em}
 border-top:3px solid var(--ng-1)}
 .normlib-walk .ng-told .ng-k0{border-top:3px dashed var(--ng-0)}
 .normlib-walk .ng-told .ng-k2{border-top:3px dotted var(--ng-2)}
-.normlib-walk label{display:block;margin:.4rem 0 0}
-.normlib-walk input{display:block;width:100%;margin:.2rem 0;
-accent-color:var(--ng-1)}
-.normlib-walk .ng-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
-margin:.5rem 0 .2rem}
-.normlib-walk button{font:inherit;color:inherit;padding:.25rem .6rem;
-background:var(--ng-back);border:1px solid var(--ng-muted);
-border-radius:6px;cursor:pointer}
-.normlib-walk button[aria-pressed=true]{border-color:var(--ng-1);
-box-shadow:inset 0 0 0 1px var(--ng-1);font-weight:600}
-.normlib-walk button:focus-visible,
-.normlib-walk input:focus-visible{outline:2px solid var(--ng-focus);
-outline-offset:2px}
-"""
+""" + _controls("walk", "ng", "1", "focus")
 
 _WALK_SCRIPT = """
 document.querySelectorAll(".normlib-walk:not([data-ready])")
