@@ -244,7 +244,6 @@ def test_a_batch_of_gradients(twin):
 @with_backends("default", "eager")
 def test_compiled_without_a_graph_break(twin):
     pair = twin.pair()
-    torch._dynamo.reset()
     compiled = torch.compile(pair[0], fullgraph=True, backend="aot_eager")
     x, dy = twin.draw(), twin.draw(1)
     for training in (True, False) if twin.tracks else (True,):
@@ -258,7 +257,6 @@ def test_compiled_without_a_graph_break(twin):
 def test_compiled_for_batches_of_any_size(name):
     twin = LAYERS[name]
     ours, theirs = twin.pair()
-    torch._dynamo.reset()
     compiled = torch.compile(
         ours, fullgraph=True, backend="aot_eager", dynamic=True
     )

@@ -290,7 +290,6 @@ def test_fake_and_meta_tensors_go_to_torchs_own_kernel(kernels):
 
 
 def test_a_compiled_and_an_exported_call_hold_torchs_own_op(kernels):
-    torch._dynamo.reset()
     compiled = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")
     assert_close(declined(kernels, lambda: compiled(X)), torchs(X))
 

@@ -334,7 +334,6 @@ def test_a_network_of_two_layers_learns(case):
 @table(BATCH_NORMS | {"DyT": variants.DyT})
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_without_a_graph_break(case, training):
-    torch._dynamo.reset()
     ours, theirs = (case(3).train(training) for _ in range(2))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for seed, shape in enumerate([(4, 3), (4, 3), (4, 3), (8, 3)]):
@@ -750,7 +749,6 @@ def test_adain_of_sixteen_bits_is_rounded_once(dtype):
 
 
 def test_adain_keeps_channels_last_and_compiles():
-    torch._dynamo.reset()
     ours = variants.AdaIN()
     x, s = draw((2, 3, 4, 5)), draw((1, 3, 6), 1)
     y = ours(x.to(memory_format=torch.channels_last), s)
@@ -927,7 +925,6 @@ def test_a_parametrized_layer_is_copied_removed_assigned_compiled(case, norm):
     assert not torch.equal(module(x), expected)
     module.load_state_dict(twin.state_dict(), strict=True)
     assert_close(module(x), expected)
-    torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), expected)
     module.weight = weight.detach() * 3 + 0.2

@@ -1,0 +1,17 @@
+"""What holds for every test."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def forgetful_compiler():
+    """Let no test meet what torch.compile remembers of another.
+
+    It counts the shapes that it has compiled a function for, and after a few
+    leaves that function alone: one that models share, such as the forward of
+    Sequential, would no longer be compiled for anybody.
+    """
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
