@@ -189,6 +189,29 @@ _PAGE = """\
 </div>
 """
 
+
+def _controls(figure: str, prefix: str, on: str, focus: str) -> str:
+    """The style of sliders and buttons, with the figure's own colors."""
+    fill = {"@FIGURE@": figure, "@P@": prefix, "@ON@": on, "@FOCUS@": focus}
+    return _filled(_CONTROLS, fill)
+
+
+_CONTROLS = """\
+.normlib-@FIGURE@ label{display:block;margin:.4rem 0 0}
+.normlib-@FIGURE@ input{display:block;width:100%;margin:.2rem 0;
+accent-color:var(--@P@-@ON@)}
+.normlib-@FIGURE@ .@P@-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
+margin:.5rem 0 .2rem}
+.normlib-@FIGURE@ button{font:inherit;color:inherit;padding:.25rem .6rem;
+background:var(--@P@-back);border:1px solid var(--@P@-muted);
+border-radius:6px;cursor:pointer}
+.normlib-@FIGURE@ button[aria-pressed=true]{border-color:var(--@P@-@ON@);
+box-shadow:inset 0 0 0 1px var(--@P@-@ON@);font-weight:600}
+.normlib-@FIGURE@ button:focus-visible,
+.normlib-@FIGURE@ input:focus-visible{outline:2px solid var(--@P@-@FOCUS@);
+outline-offset:2px}
+"""
+
 _STYLE = """
 .normlib-contours{--nc-line:#0f766e;--nc-fill:#0f766e;--nc-path:#b45309;
 --nc-bad:#dc2626;--nc-text:#1e293b;--nc-muted:#64748b;--nc-box:#cbd5e1;
@@ -213,9 +236,6 @@ stroke:var(--nc-line);stroke-opacity:.55}
 .normlib-contours .nc-message{margin:.5rem 0;font-weight:600;
 min-height:2.8em}
 .normlib-contours .nc-message[data-state=bad]{color:var(--nc-bad)}
-.normlib-contours label{display:block;margin:.4rem 0 0}
-.normlib-contours input{display:block;width:100%;margin:.2rem 0;
-accent-color:var(--nc-line)}
 .normlib-contours .nc-ruler{position:relative;height:1.5rem;
 margin:0 8px;font-size:.8rem;color:var(--nc-muted)}
 .normlib-contours .nc-ruler b{position:absolute;left:90.7%;right:0;top:0;
@@ -223,15 +243,7 @@ height:4px;background:var(--nc-bad);border-radius:2px}
 .normlib-contours .nc-ruler i{position:absolute;top:.3rem;
 left:calc(100%*var(--at));transform:translateX(-50%);font-style:normal}
 .normlib-contours .nc-ruler .nc-two{color:var(--nc-bad);font-weight:600}
-.normlib-contours .nc-buttons{display:flex;flex-wrap:wrap;gap:.5rem;
-margin:.4rem 0}
-.normlib-contours button{font:inherit;color:inherit;padding:.25rem .7rem;
-background:var(--nc-back);border:1px solid var(--nc-muted);
-border-radius:6px;cursor:pointer}
-.normlib-contours button:focus-visible,
-.normlib-contours input:focus-visible{outline:2px solid var(--nc-path);
-outline-offset:2px}
-"""
+""" + _controls("contours", "nc", "line", "path")
 
 _SCRIPT = """
 document.querySelectorAll(".normlib-contours:not([data-ready])")
@@ -596,15 +608,8 @@ height:auto}
 .normlib-cube rect.on{fill:var(--nk-on)}
 .normlib-cube rect.at{stroke:var(--nk-at);stroke-width:4}
 .normlib-cube text{font-size:13px;fill:var(--nk-muted)}
-.normlib-cube .nk-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
-align-items:center;margin:.3rem 0}
+.normlib-cube div.nk-buttons{align-items:center;margin:.3rem 0}
 .normlib-cube .nk-buttons[hidden]{visibility:hidden}
-.normlib-cube button{font:inherit;color:inherit;padding:.25rem .6rem;
-background:var(--nk-back);border:1px solid var(--nk-muted);
-border-radius:6px;cursor:pointer}
-.normlib-cube button[aria-pressed=true]{border-color:var(--nk-on);
-box-shadow:inset 0 0 0 1px var(--nk-on);font-weight:600}
-.normlib-cube button:focus-visible,
 .normlib-cube .nk-sheets:focus-visible{outline:2px solid var(--nk-accent);
 outline-offset:2px}
 .normlib-cube .nk-where{margin:.4rem 0 .2rem;font-weight:600}
@@ -614,7 +619,7 @@ gap:.15rem .8rem;margin:0}
 .normlib-cube dd{margin:0}
 @media (max-width:560px){.normlib-cube dl{grid-template-columns:1fr;gap:0}
 .normlib-cube dd{margin-bottom:.35rem}}
-"""
+""" + _controls("cube", "nk", "on", "accent")
 
 _CUBE_SCRIPT = """
 document.querySelectorAll(".normlib-cube:not([data-ready])")
@@ -896,28 +901,6 @@ def _percent(share: float) -> str:
 def _decay(momentum: float) -> str:
     return f"{1 - momentum:.3f}".rstrip("0")
 
-
-def _controls(figure: str, prefix: str, on: str, focus: str) -> str:
-    """The style of sliders and buttons, with the figure's own colors."""
-    fill = {"@FIGURE@": figure, "@P@": prefix, "@ON@": on, "@FOCUS@": focus}
-    return _filled(_CONTROLS, fill)
-
-
-_CONTROLS = """\
-.normlib-@FIGURE@ label{display:block;margin:.4rem 0 0}
-.normlib-@FIGURE@ input{display:block;width:100%;margin:.2rem 0;
-accent-color:var(--@P@-@ON@)}
-.normlib-@FIGURE@ .@P@-buttons{display:flex;flex-wrap:wrap;gap:.4rem;
-margin:.5rem 0 .2rem}
-.normlib-@FIGURE@ button{font:inherit;color:inherit;padding:.25rem .6rem;
-background:var(--@P@-back);border:1px solid var(--@P@-muted);
-border-radius:6px;cursor:pointer}
-.normlib-@FIGURE@ button[aria-pressed=true]{border-color:var(--@P@-@ON@);
-box-shadow:inset 0 0 0 1px var(--@P@-@ON@);font-weight:600}
-.normlib-@FIGURE@ button:focus-visible,
-.normlib-@FIGURE@ input:focus-visible{outline:2px solid var(--@P@-@FOCUS@);
-outline-offset:2px}
-"""
 
 _RUNNING_PAGE = """\
 <div class="normlib-running" data-notch="@NOTCH@" data-step="@STEP@"
