@@ -14,7 +14,8 @@ part of each *channel*, and the parts are merged as
 
 All arithmetic is in float32. There are no atomics: partial sums are written
 and added up by a second kernel, so that a run repeats to the last bit.
-Offsets are 64 bits wide where they multiply a row.
+Offsets are 64 bits wide where they multiply a row. A pointer that is None is
+a constant of the compilation: what is asked of it costs nothing later.
 
 Imported only where Triton is; ``normlib.backends.triton`` calls it.
 Chapter 10.
@@ -39,28 +40,24 @@ def trailing_forward(
     rows,
     columns,
     eps,
-    ADDS: tl.constexpr,
     CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Normalize ROWS rows, each of at most BLOCK columns.
 
-    Where ADDS, the rows of x + residual, which are stored too.
+    With a residual, the rows of x + residual, which go to the total.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < columns)
     start = row.to(tl.int64) * columns
     at = start + column
-    x = _read(x_ptr, residual_ptr, at, inside, ADDS)
-    if ADDS:
-        total = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + at, total, mask=inside)
-    if CENTERED:  # of the values less the first, as in _from_first
-        x -= _read(x_ptr, residual_ptr, start, row < rows, ADDS)
+    x = _read(x_ptr, residual_ptr, at, inside)
+    if residual_ptr is not None:
+        tl.store(total_ptr + at, x.to(total_ptr.dtype.element_ty), mask=inside)
+    if CENTERED:
+        x = _from_first(x, x_ptr, residual_ptr, start, row < rows)
         x = tl.where(inside, x, 0.0)
         mean = tl.sum(x, 1, keep_dims=True) / columns
         x = tl.where(inside, x - mean, 0.0)
@@ -68,13 +65,8 @@ def trailing_forward(
     var = tl.sum(x * x, 1, keep_dims=True) / columns
     rstd = 1.0 / tl.sqrt(var + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = x * rstd
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
-        y = y * weight.to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0)
-        y = y + bias.to(tl.float32)
+    weight, bias = _parameters(weight_ptr, bias_ptr, column, column < columns)
+    y = x * rstd * weight + bias
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -92,11 +84,6 @@ def trailing_backward(
     rows,
     columns,
     CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DTOTAL: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DWEIGHT: tl.constexpr,
-    NEEDS_DBIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -106,47 +93,41 @@ def trailing_backward(
     and then is one row of the partial sums (programs, columns).
     """
     column = tl.arange(0, BLOCK)[None, :]
+    weight, _ = _parameters(weight_ptr, None, column, column < columns)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
-        weight = weight.to(tl.float32)
     step = tl.num_programs(0) * ROWS
     for first in range(tl.program_id(0) * ROWS, rows, step):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < columns)
-        at = row.to(tl.int64) * columns + column
+        start = row.to(tl.int64) * columns
+        at = start + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if NEEDS_DX or NEEDS_DWEIGHT:
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-            if CENTERED:
-                start = x_ptr + row.to(tl.int64) * columns
-                mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-                x = _from_first(x, start, row < rows) - mean
-                x = tl.where(inside, x, 0.0)
-            xhat = x * rstd
-            if NEEDS_DWEIGHT:
-                dweight += dy * xhat
-        if NEEDS_DBIAS:
+        x = _read(x_ptr, None, at, inside)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTERED:
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+            x = _from_first(x, x_ptr, None, start, row < rows) - mean
+            x = tl.where(inside, x, 0.0)
+        xhat = x * rstd
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
             dbias += dy
-        if NEEDS_DX:
-            g = dy
-            if HAS_WEIGHT:
-                g = dy * weight
+        if dx_ptr is not None:
+            g = dy * weight
             dx = g - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / columns)
             if CENTERED:
                 dx -= tl.sum(g, 1, keep_dims=True) / columns
             dx = dx * rstd
-            if HAS_DTOTAL:
+            if dtotal_ptr is not None:
                 dx += tl.load(dtotal_ptr + at, mask=inside, other=0.0)
-            dx = dx.to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + at, dx, mask=inside)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     part = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, BLOCK)
     here = tl.arange(0, BLOCK) < columns
-    if NEEDS_DWEIGHT:
+    if dweight_ptr is not None:
         tl.store(dweight_ptr + part, tl.sum(dweight, 0), mask=here)
-    if NEEDS_DBIAS:
+    if dbias_ptr is not None:
         tl.store(dbias_ptr + part, tl.sum(dbias, 0), mask=here)
 
 
@@ -162,17 +143,14 @@ def long_forward(
     rstd_ptr,
     columns,
     eps,
-    ADDS: tl.constexpr,
     CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row in blocks: merge their moments, then read them again."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * columns
     y_ptr += row * columns
-    if ADDS:
+    if residual_ptr is not None:
         residual_ptr += row * columns
         total_ptr += row * columns
     count = 0.0
@@ -180,12 +158,12 @@ def long_forward(
     m2 = 0.0
     start = 0.0
     if CENTERED:
-        start = _read(x_ptr, residual_ptr, 0, True, ADDS)
+        start = _read(x_ptr, residual_ptr, 0, True)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        x = _read(x_ptr, residual_ptr, column, inside, ADDS)
-        if ADDS:
+        x = _read(x_ptr, residual_ptr, column, inside)
+        if residual_ptr is not None:
             total = x.to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + column, total, mask=inside)
         x = tl.where(inside, x - start, 0.0)
@@ -206,16 +184,10 @@ def long_forward(
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        x = _read(x_ptr, residual_ptr, column, inside, ADDS)
-        y = (x - start - mean) * rstd
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-            y = y * weight.to(tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
-            y = y + bias.to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + column, y, mask=inside)
+        x = _read(x_ptr, residual_ptr, column, inside)
+        weight, bias = _parameters(weight_ptr, bias_ptr, column, inside)
+        y = (x - start - mean) * rstd * weight + bias
+        tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -229,8 +201,6 @@ def long_backward(
     dx_ptr,
     columns,
     CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DTOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Dx of one row in blocks: its two sums, then the row again."""
@@ -238,41 +208,37 @@ def long_backward(
     dy_ptr += row * columns
     x_ptr += row * columns
     dx_ptr += row * columns
-    if HAS_DTOTAL:
+    if dtotal_ptr is not None:
         dtotal_ptr += row * columns
     rstd = tl.load(rstd_ptr + row)
     start = 0.0
     mean = 0.0
     if CENTERED:
-        start = tl.load(x_ptr).to(tl.float32)
+        start = _read(x_ptr, None, 0, True)
         mean = tl.load(mean_ptr + row)
     g_sum = tl.zeros((BLOCK,), tl.float32)
     gxhat_sum = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        g = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-            g = g * weight.to(tl.float32)
-        g_sum += g
-        gxhat_sum += g * ((x - start - mean) * rstd)
+        dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, None, column, inside)
+        weight, _ = _parameters(weight_ptr, None, column, inside)
+        g_sum += dy * weight
+        gxhat_sum += dy * weight * ((x - start - mean) * rstd)
     g_mean = tl.sum(g_sum, 0) / columns
     gxhat_mean = tl.sum(gxhat_sum, 0) / columns
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
-        g = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-            g = g * weight.to(tl.float32)
-        dx = g - ((x - start - mean) * rstd) * gxhat_mean
+        dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, None, column, inside)
+        weight, _ = _parameters(weight_ptr, None, column, inside)
+        dx = dy * weight - ((x - start - mean) * rstd) * gxhat_mean
         if CENTERED:
             dx -= g_mean
         dx = dx * rstd
-        if HAS_DTOTAL:
+        if dtotal_ptr is not None:
             dx += tl.load(dtotal_ptr + column, mask=inside, other=0.0)
         tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
@@ -299,13 +265,13 @@ def long_sums(
     for first in range(tl.program_id(1) * ROWS, rows, step):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < columns)
-        at = row.to(tl.int64) * columns + column
+        start = row.to(tl.int64) * columns
+        at = start + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, None, at, inside)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         if CENTERED:
-            start = x_ptr + row.to(tl.int64) * columns
-            x = _from_first(x, start, row < rows)
+            x = _from_first(x, x_ptr, None, start, row < rows)
             x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
         dweight += dy * (x * rstd)
         dbias += dy
@@ -364,8 +330,6 @@ def planes_forward(
     channels,
     positions,
     eps,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CENTERED: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -378,24 +342,20 @@ def planes_forward(
     known = (row < rows) & (channel < channels)
     inside = known & (position < positions)
     size = channels * positions
-    at = row.to(tl.int64) * size + channel * positions + position
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    start = row.to(tl.int64) * size
+    at = start + channel * positions + position
+    x = _read(x_ptr, None, at, inside)
     if CENTERED:
-        x = _from_first(x, x_ptr + row.to(tl.int64) * size, row < rows)
+        x = _from_first(x, x_ptr, None, start, row < rows)
         x = tl.where(inside, x, 0.0)
         mean = _total(x) / size
         x = tl.where(inside, x - mean, 0.0)
         tl.store(mean_ptr + row, mean, mask=row < rows)
     rstd = 1.0 / tl.sqrt(_total(x * x) / size + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = x * rstd
     which = (row % groups) * channels + channel
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + which, mask=known, other=0.0)
-        y = y * weight.to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + which, mask=known, other=0.0)
-        y = y + bias.to(tl.float32)
+    weight, bias = _parameters(weight_ptr, bias_ptr, which, known)
+    y = x * rstd * weight + bias
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -413,10 +373,7 @@ def planes_backward(
     groups,
     channels,
     positions,
-    HAS_WEIGHT: tl.constexpr,
     CENTERED: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -428,28 +385,26 @@ def planes_backward(
     known = (row < rows) & (channel < channels)
     inside = known & (position < positions)
     size = channels * positions
-    at = row.to(tl.int64) * size + channel * positions + position
+    start = row.to(tl.int64) * size
+    at = start + channel * positions + position
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = _read(x_ptr, None, at, inside)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     if CENTERED:
-        start = x_ptr + row.to(tl.int64) * size
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        x = _from_first(x, start, row < rows) - mean
+        x = _from_first(x, x_ptr, None, start, row < rows) - mean
         x = tl.where(inside, x, 0.0)
     xhat = x * rstd
-    if NEEDS_SUMS:
+    which = (row % groups) * channels + channel
+    weight, _ = _parameters(weight_ptr, None, which, known)
+    if dweight_ptr is not None:
         of = row.to(tl.int64) * channels + channel
         share = tl.sum(dy * xhat, 2, keep_dims=True)
         tl.store(dweight_ptr + of, share, mask=known)
         share = tl.sum(dy, 2, keep_dims=True)
         tl.store(dbias_ptr + of, share, mask=known)
-    if NEEDS_DX:
-        g = dy
-        if HAS_WEIGHT:
-            which = (row % groups) * channels + channel
-            weight = tl.load(weight_ptr + which, mask=known, other=0.0)
-            g = dy * weight.to(tl.float32)
+    if dx_ptr is not None:
+        g = dy * weight
         dx = g - xhat * (_total(g * xhat) / size)
         if CENTERED:
             dx -= _total(g) / size
@@ -457,24 +412,39 @@ def planes_backward(
         tl.store(dx_ptr + at, dx, mask=inside)
 
 
+# What rows share
+
+
 @triton.jit
-def _read(x_ptr, residual_ptr, at, mask, ADDS: tl.constexpr):
+def _read(x_ptr, residual_ptr, at, mask):
     """Values of x in float32; or of x + residual, rounded as x is."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if ADDS:
+    if residual_ptr is not None:
         x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
     return x
 
 
 @triton.jit
-def _from_first(x, start, known):
+def _from_first(x, x_ptr, residual_ptr, start, known):
     """Values less the first of theirs, which is exact enough to be free.
 
     What is left is small where the mean is large, so that its mean keeps the
     digits that a mean in float32 would round off.
     """
-    return x - tl.load(start, mask=known, other=0.0).to(tl.float32)
+    return x - _read(x_ptr, residual_ptr, start, known)
+
+
+@triton.jit
+def _parameters(weight_ptr, bias_ptr, at, mask):
+    """Weight and bias in float32; 1 and 0 where there are none."""
+    weight = 1.0
+    bias = 0.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return weight, bias
 
 
 @triton.jit
@@ -487,12 +457,43 @@ def _total(x):
 
 
 @triton.jit
-def _first_of(x_ptr, channel, channels, groups, channel_stride):
+def _first_of(x_ptr, channel, known, width, channel_stride):
     """The first value of each channel's group; see :func:`_from_first`."""
-    width = channels // groups
     at = (channel // width * width).to(tl.int64) * channel_stride
-    first = tl.load(x_ptr + at, mask=channel < channels, other=0.0)
-    return first.to(tl.float32)
+    return tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _middle(x_ptr, mean_ptr, group, channel, known, width, channel_stride):
+    """That value, and the group's mean less it; 0 where there is no mean."""
+    start = 0.0
+    mean = 0.0
+    if mean_ptr is not None:
+        start = _first_of(x_ptr, channel, known, width, channel_stride)
+        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
+    return start, mean
+
+
+@triton.jit
+def _place(
+    base,
+    block,
+    lane,
+    known,
+    inner,
+    outer_stride,
+    inner_stride,
+    INNER: tl.constexpr,
+):
+    """Where the values of a block are, and which of them exist.
+
+    The first one of each channel is at ``base``.
+    """
+    blocks = tl.cdiv(inner, INNER)
+    i = (block % blocks) * INNER + lane
+    outer = (block // blocks).to(tl.int64)
+    at = base + outer * outer_stride + i.to(tl.int64) * inner_stride
+    return at, known & (i < inner)
 
 
 @triton.jit
@@ -525,21 +526,19 @@ def channel_moments(
     lane = tl.arange(0, INNER)[None, :]
     split = tl.program_id(1)
     instance = tl.program_id(2).to(tl.int64)
-    x_ptr += instance * instance_stride
-    start = _first_of(x_ptr, channel, channels, groups, channel_stride)
-    blocks = tl.cdiv(inner, INNER)
+    known = channel < channels
+    width = channels // groups
+    base = instance * instance_stride
+    start = _first_of(x_ptr + base, channel, known, width, channel_stride)
+    base = base + channel.to(tl.int64) * channel_stride
     first = split * per_split
-    last = tl.minimum(first + per_split, outer * blocks)
+    last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
     count = tl.zeros((CHANNELS, INNER), tl.float32)
     mean = tl.zeros((CHANNELS, INNER), tl.float32)
     m2 = tl.zeros((CHANNELS, INNER), tl.float32)
     for block in range(first, last):
-        i = (block % blocks) * INNER + lane
-        inside = (channel < channels) & (i < inner)
-        at = (
-            (block // blocks).to(tl.int64) * outer_stride
-            + i.to(tl.int64) * inner_stride
-            + channel.to(tl.int64) * channel_stride
+        at, inside = _place(
+            base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if CENTERED:
@@ -557,7 +556,7 @@ def channel_moments(
             count += inside.to(tl.float32)
     if CENTERED and UNIFORM:
         seen = (last - first).to(tl.float32)
-        inside = (channel < channels) & (lane < inner)
+        inside = known & (lane < inner)
         count += tl.where(inside, seen, 0.0)
     total = tl.sum(count, 1, keep_dims=True)
     middle = tl.sum(count * mean, 1, keep_dims=True) / tl.maximum(total, 1.0)
@@ -565,9 +564,9 @@ def channel_moments(
     m2 = tl.sum(m2 + count * apart * apart, 1, keep_dims=True)
     part = instance * tl.num_programs(1) + split
     at = part * channels + channel
-    tl.store(count_ptr + at, total, mask=channel < channels)
-    tl.store(mean_ptr + at, middle, mask=channel < channels)
-    tl.store(m2_ptr + at, m2, mask=channel < channels)
+    tl.store(count_ptr + at, total, mask=known)
+    tl.store(mean_ptr + at, middle, mask=known)
+    tl.store(m2_ptr + at, m2, mask=known)
 
 
 @triton.jit
@@ -645,9 +644,6 @@ def channel_affine(
     inner_stride,
     channel_stride,
     per_split,
-    CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -659,36 +655,24 @@ def channel_affine(
     lane = tl.arange(0, INNER)[None, :]
     instance = tl.program_id(2).to(tl.int64)
     known = channel < channels
-    group = instance * groups + channel // (channels // groups)
-    scale = tl.load(rstd_ptr + group, mask=known, other=0.0)
-    shift = tl.zeros((CHANNELS, 1), tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
-        scale = scale * weight.to(tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias_ptr + channel, mask=known, other=0.0)
-        shift = shift.to(tl.float32)
-    x_ptr += instance * instance_stride
-    start = tl.zeros((CHANNELS, 1), tl.float32)
-    mean = tl.zeros((CHANNELS, 1), tl.float32)
-    if CENTERED:
-        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
-        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
-    y_ptr += instance * instance_stride
-    blocks = tl.cdiv(inner, INNER)
+    width = channels // groups
+    group = instance * groups + channel // width
+    rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
+    weight, bias = _parameters(weight_ptr, bias_ptr, channel, known)
+    base = instance * instance_stride
+    start, mean = _middle(
+        x_ptr + base, mean_ptr, group, channel, known, width, channel_stride
+    )
+    base = base + channel.to(tl.int64) * channel_stride
     first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, outer * blocks)
+    last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
     for back in range(last - first):
         block = last - 1 - back
-        i = (block % blocks) * INNER + lane
-        inside = known & (i < inner)
-        at = (
-            (block // blocks).to(tl.int64) * outer_stride
-            + i.to(tl.int64) * inner_stride
-            + channel.to(tl.int64) * channel_stride
+        at, inside = _place(
+            base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = (x - start - mean) * scale + shift
+        y = (x - start - mean) * (rstd * weight) + bias
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -709,7 +693,6 @@ def channel_sums(
     inner_stride,
     channel_stride,
     per_split,
-    CENTERED: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -719,27 +702,21 @@ def channel_sums(
     split = tl.program_id(1)
     instance = tl.program_id(2).to(tl.int64)
     known = channel < channels
-    group = instance * groups + channel // (channels // groups)
+    width = channels // groups
+    group = instance * groups + channel // width
     rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
-    x_ptr += instance * instance_stride
-    start = tl.zeros((CHANNELS, 1), tl.float32)
-    mean = tl.zeros((CHANNELS, 1), tl.float32)
-    if CENTERED:
-        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
-        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
-    dy_ptr += instance * instance_stride
-    blocks = tl.cdiv(inner, INNER)
+    base = instance * instance_stride
+    start, mean = _middle(
+        x_ptr + base, mean_ptr, group, channel, known, width, channel_stride
+    )
+    base = base + channel.to(tl.int64) * channel_stride
     first = split * per_split
-    last = tl.minimum(first + per_split, outer * blocks)
+    last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
     dweight = tl.zeros((CHANNELS, INNER), tl.float32)
     dbias = tl.zeros((CHANNELS, INNER), tl.float32)
     for block in range(first, last):
-        i = (block % blocks) * INNER + lane
-        inside = known & (i < inner)
-        at = (
-            (block // blocks).to(tl.int64) * outer_stride
-            + i.to(tl.int64) * inner_stride
-            + channel.to(tl.int64) * channel_stride
+        at, inside = _place(
+            base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -763,7 +740,6 @@ def merge_sums(
     splits,
     channels,
     groups,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums of g * xhat and of g over one group, g = dy * weight."""
@@ -780,13 +756,9 @@ def merge_sums(
         at = (instance * splits + part // width) * channels + channel
         dweight = tl.load(dweight_ptr + at, mask=inside, other=0.0)
         dbias = tl.load(dbias_ptr + at, mask=inside, other=0.0)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
-            weight = weight.to(tl.float32)
-            dweight = dweight * weight
-            dbias = dbias * weight
-        gxhat += dweight
-        g += dbias
+        weight, _ = _parameters(weight_ptr, None, channel, inside)
+        gxhat += dweight * weight
+        g += dbias * weight
     at = instance * groups + group
     tl.store(gxhat_ptr + at, tl.sum(gxhat, 0))
     tl.store(g_ptr + at, tl.sum(g, 0))
@@ -813,7 +785,6 @@ def channel_dx(
     per_split,
     size,
     CENTERED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -822,37 +793,28 @@ def channel_dx(
     lane = tl.arange(0, INNER)[None, :]
     instance = tl.program_id(2).to(tl.int64)
     known = channel < channels
-    group = instance * groups + channel // (channels // groups)
+    width = channels // groups
+    group = instance * groups + channel // width
     rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
-    scale = rstd
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
-        scale = rstd * weight.to(tl.float32)
+    weight, _ = _parameters(weight_ptr, None, channel, known)
     slope = tl.load(gxhat_ptr + group, mask=known, other=0.0) / size
     slope = slope * rstd * rstd
-    x_ptr += instance * instance_stride
-    start = tl.zeros((CHANNELS, 1), tl.float32)
-    mean = tl.zeros((CHANNELS, 1), tl.float32)
-    offset = tl.zeros((CHANNELS, 1), tl.float32)
+    base = instance * instance_stride
+    start, mean = _middle(
+        x_ptr + base, mean_ptr, group, channel, known, width, channel_stride
+    )
+    offset = 0.0
     if CENTERED:
-        start = _first_of(x_ptr, channel, channels, groups, channel_stride)
-        mean = tl.load(mean_ptr + group, mask=known, other=0.0)
         offset = tl.load(g_ptr + group, mask=known, other=0.0) / size * rstd
-    dy_ptr += instance * instance_stride
-    dx_ptr += instance * instance_stride
-    blocks = tl.cdiv(inner, INNER)
+    base = base + channel.to(tl.int64) * channel_stride
     first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, outer * blocks)
+    last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
     for back in range(last - first):
         block = last - 1 - back
-        i = (block % blocks) * INNER + lane
-        inside = known & (i < inner)
-        at = (
-            (block // blocks).to(tl.int64) * outer_stride
-            + i.to(tl.int64) * inner_stride
-            + channel.to(tl.int64) * channel_stride
+        at, inside = _place(
+            base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx = dy * scale - (x - start - mean) * slope - offset
+        dx = dy * (rstd * weight) - (x - start - mean) * slope - offset
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

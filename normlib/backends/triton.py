@@ -235,10 +235,7 @@ def _trailing_forward(call, eps):
         (_cdiv(n, rows),),
         *(call.x, call.extras.residual, call.weight, call.bias),
         *(call.extras.total, y, mean, rstd, n, k, eps),
-        ADDS=call.extras.residual is not None,
         CENTERED=call.centered,
-        HAS_WEIGHT=call.weight is not None,
-        HAS_BIAS=call.bias is not None,
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(rows * block),
@@ -257,11 +254,6 @@ def _trailing_backward(call, dy, kept, dx, needs):
         *(dy, call.x, call.weight, *kept),
         *(call.extras.dtotal, dx, *parts, n, k),
         CENTERED=call.centered,
-        HAS_WEIGHT=call.weight is not None,
-        HAS_DTOTAL=call.extras.dtotal is not None,
-        NEEDS_DX=needs[0],
-        NEEDS_DWEIGHT=needs[1],
-        NEEDS_DBIAS=needs[2],
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(2 * rows * block),
@@ -278,10 +270,7 @@ def _long_forward(call, eps):
         (n,),
         *(call.x, call.extras.residual, call.weight, call.bias),
         *(call.extras.total, y, mean, rstd, k, eps),
-        ADDS=call.extras.residual is not None,
         CENTERED=call.centered,
-        HAS_WEIGHT=call.weight is not None,
-        HAS_BIAS=call.bias is not None,
         BLOCK=LONG_BLOCK,
         num_warps=_warps(LONG_BLOCK),
     )
@@ -296,8 +285,6 @@ def _long_backward(call, dy, kept, dx, needs):
             (n,),
             *(dy, call.x, call.weight, *kept, call.extras.dtotal, dx, k),
             CENTERED=call.centered,
-            HAS_WEIGHT=call.weight is not None,
-            HAS_DTOTAL=call.extras.dtotal is not None,
             BLOCK=LONG_BLOCK,
             num_warps=_warps(LONG_BLOCK),
         )
@@ -339,8 +326,6 @@ def _planes_forward(call, eps):
         (_cdiv(n * g, rows),),
         *(call.x, call.weight, call.bias, y, mean, rstd),
         *(n * g, g, k, m, eps),
-        HAS_WEIGHT=call.weight is not None,
-        HAS_BIAS=call.bias is not None,
         CENTERED=call.centered,
         ROWS=rows,
         CHANNELS=channels,
@@ -359,10 +344,7 @@ def _planes_backward(call, dy, kept, dx, needs):
         _kernels().planes_backward,
         (_cdiv(n * g, rows),),
         *(dy, call.x, call.weight, *kept, dx, *parts, n * g, g, k, m),
-        HAS_WEIGHT=call.weight is not None,
         CENTERED=call.centered,
-        NEEDS_DX=needs[0],
-        NEEDS_SUMS=sums,
         ROWS=rows,
         CHANNELS=channels,
         POSITIONS=positions,
@@ -469,9 +451,6 @@ def _channels_forward(call, eps):
         kernels.channel_affine,
         walk.grid,
         *(x, call.weight, call.bias, shifted, rstd, y, *walk.where),
-        CENTERED=call.centered,
-        HAS_WEIGHT=call.weight is not None,
-        HAS_BIAS=call.bias is not None,
         **walk.tile,
     )
     told = (whole, var) if call.over_batch else (None, None)
@@ -487,7 +466,6 @@ def _channels_backward(call, dy, kept, dx, needs):
         kernels.channel_sums,
         walk.grid,
         *(dy, call.x, *kept, *parts, *walk.where),
-        CENTERED=call.centered,
         **walk.tile,
     )
     if dx is not None:
@@ -497,7 +475,6 @@ def _channels_backward(call, dy, kept, dx, needs):
             (walk.groups, walk.instances),
             *(*parts, call.weight, gxhat, g),
             *(walk.splits, walk.channels, walk.groups),
-            HAS_WEIGHT=call.weight is not None,
             BLOCK=_merged(walk),
             num_warps=1,
         )
@@ -507,7 +484,6 @@ def _channels_backward(call, dy, kept, dx, needs):
             *(dy, call.x, call.weight, *kept, gxhat, g, dx),
             *(*walk.where, call.view.count(call.over_batch)),
             CENTERED=call.centered,
-            HAS_WEIGHT=call.weight is not None,
             **walk.tile,
         )
     return _added(call, *parts) if any(needs[1:]) else (None, None)
