@@ -29,6 +29,25 @@ def test_a_committed_record_is_complete_and_from_a_clean_checkout(file):
 
 
 @pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Run a command on the CPU; return its record, which is complete."""
+    for name, value in speed.PINNED.items():
+        monkeypatch.setenv(name, value)
+
+    def run(command, *options):
+        name = command.__name__.removeprefix("benchmarks.")
+        told = [name, "--device", "cpu", "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", told)
+        command.main()
+        (file,) = tmp_path.glob(f"{name}-cpu-*.json")
+        record = json.loads(file.read_text())
+        assert_record(record)
+        return record
+
+    return run
+
+
+@pytest.fixture
 def book(tmp_path, monkeypatch):
     """A book of one chapter, whose cells a test writes."""
 
@@ -38,9 +57,6 @@ def book(tmp_path, monkeypatch):
         nbformat.write(notebook, tmp_path / "01_one.ipynb")
 
     monkeypatch.setattr(chapters, "chapters", lambda: [*tmp_path.glob("*.i*")])
-    monkeypatch.setattr(
-        sys, "argv", ["chapters", "--device", "cpu", "--out", str(tmp_path)]
-    )
     yield write
     chapters.testing.use_devices()
     chapters.testing.comparisons.clear()
@@ -55,25 +71,21 @@ for device in devices():
 """
 
 
-def test_a_run_leaves_a_complete_record(book, tmp_path, capsys):
+def test_a_run_leaves_a_complete_record(book, recorded, capsys):
     book("a = 1", AGREE, "a + 1\nassert a == 1")
-    chapters.main()
-    (file,) = tmp_path.glob("chapters-cpu-*.json")
-    record = json.loads(file.read_text())
-    assert_record(record)
-    ran = record["chapters"]["01_one"]
+    ran = recorded(chapters)["chapters"]["01_one"]
     assert [c["name"] for c in ran["comparisons"]] == ["ones"]
     assert 0 < ran["comparisons"][0]["difference"] < 2e-7
     assert "01_one" in capsys.readouterr().out
 
 
-def test_a_cell_that_fails_is_named(book):
+def test_a_cell_that_fails_is_named(book, recorded):
     book("a = 1", "b = 2\na / (b - 2)")
     with pytest.raises(
         SystemExit,
         match=r"01_one.ipynb, code cell 2 of 2 failed: ZeroDivisionError",
     ):
-        chapters.main()
+        recorded(chapters)
 
 
 @pytest.mark.parametrize("command", [chapters, folding, reproduce, speed])
@@ -103,17 +115,8 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert file.read_text("utf-8") == before
 
 
-def test_a_trial_of_the_speed_leaves_a_complete_record(
-    tmp_path, monkeypatch, capsys
-):
-    for name, value in speed.PINNED.items():
-        monkeypatch.setenv(name, value)
-    told = ["speed", "--device", "cpu", "--quick", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", told)
-    speed.main()
-    (file,) = tmp_path.glob("speed-cpu-*.json")
-    record = json.loads(file.read_text())
-    assert_record(record)
+def test_a_trial_of_the_speed_leaves_a_complete_record(recorded, capsys):
+    record = recorded(speed, "--quick")
     titles = {line["title"] for line in record["speed"]}
     assert titles == {row.title for row in speed.QUICK}
     shown = capsys.readouterr().out
@@ -123,17 +126,8 @@ def test_a_trial_of_the_speed_leaves_a_complete_record(
     assert all(speed.verdict(goal) in shown for goal in goals)
 
 
-def test_a_trial_of_folding_leaves_a_complete_record(
-    tmp_path, monkeypatch, capsys
-):
-    for name, value in speed.PINNED.items():
-        monkeypatch.setenv(name, value)
-    told = ["folding", "--device", "cpu", "--quick", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", told)
-    folding.main()
-    (file,) = tmp_path.glob("folding-cpu-*.json")
-    record = json.loads(file.read_text())
-    assert_record(record)
+def test_a_trial_of_folding_leaves_a_complete_record(recorded, capsys):
+    record = recorded(folding, "--quick")
     shown = capsys.readouterr().out
     assert all(line["title"] in shown for line in record["folding"])
     batches = [line["shape"][0] for line in record["folding"]]
