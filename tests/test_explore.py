@@ -51,27 +51,6 @@ def html(**kwargs):
     return LossContours(**kwargs)._repr_html_()
 
 
-def test_the_same_arguments_give_the_same_bytes():
-    assert html() == html()
-    assert html(condition_number=4) != html()
-
-
-def test_nothing_is_requested_from_anywhere():
-    page = html()
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(", page)
-    assert not re.search(r"\s(?:src|href)=", page)
-
-
-def test_two_on_a_page_share_no_id():
-    tags = Tags(html())
-    assert [a["id"] for _, a in tags.seen if "id" in a] == []
-
-
-def test_no_placeholder_is_left_and_every_tag_is_closed():
-    assert "@" not in html()
-    Tags(html())
-
-
 def test_both_sliders_and_the_picture_have_names():
     tags = Tags(html())
     sliders = tags.all("input")
