@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 import zlib
@@ -269,6 +270,10 @@ class Graph:
 
     A step is some two hundred short kernels: without a graph the GPU waits
     for Python. Recording takes some steps, and leaves the model changed.
+
+    Raises:
+        RuntimeError: it cannot be recorded. CUDA's generator of random
+            numbers is then of no more use to the process.
     """
 
     def __init__(self, model, loss_of, lr, index):
@@ -295,17 +300,19 @@ class Graph:
         return self.loss
 
 
+class NoGraph(Exception):
+    """A step could not be recorded as a CUDA graph."""
+
+
 def stepper(model, loss_of, lr, index, graph) -> Callable[[Tensor], Tensor]:
-    """A graph if asked for and possible, else one kernel after another."""
+    """A graph if asked for, else one kernel after another."""
     if not graph:
         return Eager(model, loss_of, lr)
     before = copy.deepcopy(model.state_dict())
     try:
         step = Graph(model, loss_of, lr, index)
     except RuntimeError as error:
-        torch.cuda.synchronize()
-        print(f"normlib: no CUDA graph: {error}", flush=True)
-        step = Eager(model, loss_of, lr)
+        raise NoGraph(str(error)) from error
     model.load_state_dict(before)
     return step
 
@@ -649,6 +656,12 @@ def prepared(told) -> tuple[Lab, dict]:
     return lab, plain(settings)
 
 
+def again(*more) -> int:
+    """Run the command anew with more options; return its status."""
+    module = [sys.executable, "-m", "benchmarks.reproduce"]
+    return subprocess.run([*module, *sys.argv[1:], *more]).returncode
+
+
 def main():
     """Make the runs that are missing, write each down, and sum them up."""
     begin = time.perf_counter()
@@ -675,7 +688,11 @@ def main():
         if left < expected(run, record):
             print(f"normlib: no time for the rest; next is {run.title}")
             break
-        found = perform(run, lab)
+        try:
+            found = perform(run, lab)
+        except NoGraph as error:
+            print(f"normlib: no CUDA graph: {error}", flush=True)
+            sys.exit(again("--eager", "--budget", f"{left:.0f}"))
         record["runs"].append(found)
         write(path, as_text(record))
         tell("")

@@ -1,12 +1,15 @@
 """The full-size experiments at a size of seconds: what they leave behind."""
 
 import json
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from devices import DEVICES
 from recorded import assert_record
+from torch.nn.functional import cross_entropy
 
 from benchmarks import reproduce
 from normlib import models
@@ -224,25 +227,57 @@ def test_every_variant_trains_in_bfloat16(variant):
     assert first[0] == pytest.approx(first[1], rel=0.1)
 
 
-def test_where_no_graph_can_be_recorded_the_steps_are_taken_one_by_one(
-    monkeypatch, capsys
+def test_where_no_graph_can_be_recorded_a_new_process_goes_on_without(
+    command, monkeypatch, capsys
 ):
+    """In this one, CUDA's generator of random numbers is broken by then."""
+
     class Broken:
-        def __init__(self, model, *args):
-            torch.nn.init.zeros_(model.weight)
+        def __init__(self, *args):
             raise RuntimeError("not permitted when stream is capturing")
 
+    lab, commands = reproduce.Lab, []
+
+    def ran(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
     monkeypatch.setattr(reproduce, "Graph", Broken)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    model = torch.nn.Linear(2, 1)
-    before = model.weight.detach().clone()
-    step = reproduce.stepper(
-        model, lambda index: model(index).sum(), 0.5, None, graph=True
-    )
-    assert torch.equal(model.weight, before)
+    monkeypatch.setattr(reproduce, "Lab", lambda *a: lab(*a[:-1], graph=True))
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=ran))
+    monkeypatch.setattr(reproduce, "expected", lambda *args: 0)
+    with pytest.raises(SystemExit) as end:
+        command("--only", "batch 4", "--budget", "500")
+    assert end.value.code == 3
     assert "no CUDA graph: not permitted" in capsys.readouterr().out
-    step(torch.ones(2))
-    assert torch.equal(model.weight, before - 0.5)
+    (again,) = commands
+    monkeypatch.setattr(sys, "argv", again[2:])
+    told = reproduce.asked(reproduce.parser())
+    assert told.eager
+    assert told.only == "batch 4"
+    assert 400 < told.budget <= 500
+
+
+def small_vgg(variant, bench):
+    """A network, and its loss of a batch's index."""
+    model = models.vgg("small", norm=reproduce.NORMS[variant])
+    model.to(bench.device, memory_format=torch.channels_last)
+
+    def loss_of(index):
+        scores = model(bench.train.batch(index))
+        return cross_entropy(scores, bench.train.y[index])
+
+    return model, loss_of
+
+
+@pytest.mark.parametrize("variant", reproduce.NORMS)
+def test_a_step_asks_for_no_value_and_stays_on_its_device(variant):
+    """Or it could not be a graph. The device "meta" has no values."""
+    model, loss_of = small_vgg(variant, lab("meta"))
+    index = torch.zeros(8, dtype=torch.int64, device="meta")
+    reproduce.Eager(model, loss_of, 0.1)(index)
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    assert devices == {"meta"}
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
@@ -250,14 +285,7 @@ def test_where_no_graph_can_be_recorded_the_steps_are_taken_one_by_one(
 def test_a_graph_takes_the_same_steps(variant, device):
     losses = []
     for graph in (False, True):
-        bench = lab(device)
-        model = models.vgg("small", norm=reproduce.NORMS[variant])
-        model.to(device, memory_format=torch.channels_last)
-
-        def loss_of(index, model=model, train=bench.train):
-            scores = model(train.batch(index))
-            return torch.nn.functional.cross_entropy(scores, train.y[index])
-
+        model, loss_of = small_vgg(variant, lab(device))
         order = reproduce.shuffled(40, 8, 20, 0).to(device)
         step = reproduce.stepper(model, loss_of, 0.1, order[0], graph)
         assert isinstance(step, reproduce.Graph) == graph
