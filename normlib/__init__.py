@@ -4,8 +4,9 @@ Layers with the constructors, keys and errors of torch.nn:
 :class:`BatchNorm1d`, :class:`BatchNorm2d` and :class:`BatchNorm3d`, and
 :class:`BatchNorm` for any rank; :class:`InstanceNorm1d`,
 :class:`InstanceNorm2d`, :class:`InstanceNorm3d`, :class:`GroupNorm`,
-:class:`LayerNorm`, :class:`RMSNorm`. With the residual addition before them:
-:class:`AddLayerNorm`, :class:`AddRMSNorm`. The same as functions:
+:class:`LayerNorm`, :class:`RMSNorm`. With the residual addition before
+them: :class:`AddLayerNorm`, :class:`AddRMSNorm`; with the activation behind
+any of them: :class:`NormActivation`. The same as functions:
 :mod:`normlib.functional`. The mathematics in NumPy, with the gradients by
 hand: :mod:`normlib.reference`. What torch.nn has not:
 :mod:`normlib.variants`. Batch norm at test time: :mod:`normlib.inference`.
@@ -35,6 +36,7 @@ from normlib.modules import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    NormActivation,
     RMSNorm,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "NormActivation",
     "RMSNorm",
     "axes",
     "backends",

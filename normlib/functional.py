@@ -3,10 +3,11 @@
 :func:`normalize` is the one formula. The five norms are the same with the
 signatures of ``torch.nn.functional``; each sees its input as
 (N, G, K, M) and leaves the choice of a backend to :mod:`normlib.backends`.
-Where none of ours is faster, torch's own kernel is called.
-:func:`add_layer_norm` and :func:`add_rms_norm` take the residual addition
-before a norm along. :func:`moments` and :func:`batch_normalization` are
-TensorFlow's pair from ``tf.nn``.
+Where none of ours is faster, torch's own kernel is called. A neighbor can be
+taken along: by the keyword ``activation`` a ReLU or SiLU behind any of the
+five, by :func:`add_layer_norm` and :func:`add_rms_norm` the residual addition
+before. :func:`moments` and :func:`batch_normalization` are TensorFlow's pair
+from ``tf.nn``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,14 @@ from torch import Tensor
 from normlib import backends
 from normlib.axes import View, channel_view, trailing_view
 from normlib.backends import fused
-from normlib.backends.eager import HALF, affine, restore, widen
+from normlib.backends.eager import (
+    ACTIVATIONS,
+    HALF,
+    activate,
+    affine,
+    restore,
+    widen,
+)
 from normlib.stats import Moments, update_running
 
 
@@ -84,6 +92,8 @@ def batch_norm(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalize each channel over the batch and the positions.
 
@@ -102,6 +112,8 @@ def batch_norm(
         momentum: weight of this batch in the running statistics (1 means:
             forget the past).
         eps: added to the variance.
+        activation: of y: None, ``"relu"`` or ``"silu"``. In the same kernel
+            where a backend has one that pays, and then rounded once.
 
     Returns:
         y in the shape and dtype of the input.
@@ -110,13 +122,15 @@ def batch_norm(
         IndexError: the input has fewer than two axes.
         NotImplementedError: the input is not floating point.
         ValueError: one value per channel in training; eps that is not
-            positive in training, or negative; one running statistic.
+            positive in training, or negative; one running statistic; an
+            unknown activation.
         RuntimeError: sizes or dtypes that do not match; evaluation without
             running statistics.
 
     A call that refuses its input leaves the running statistics as they were.
     Ioffe & Szegedy (2015). Chapter 2.
     """
+    _check_activation(activation)
     norm = "batch_norm" if training else "evaluation"
     considered = backends.considers(input, norm, weight)
     # Torch's kernel takes a number; under a compiler it may be a tensor.
@@ -129,9 +143,15 @@ def batch_norm(
         found = None
         if considered:
             wanted = running_mean is not None
-            found = _normalize(*call, moments=wanted, given=given, **kind)
+            found = _normalize(
+                *(*call, activation),
+                moments=wanted,
+                given=given,
+                **kind,
+            )
         if found is None and formula:
-            found = backends.eager.normalize(*call, **kind)
+            y, batch = backends.eager.normalize(*call, **kind)
+            found = activate(y, activation), batch
         if found is not None:
             y, batch = found
             if training and running_mean is not None:
@@ -152,7 +172,7 @@ def batch_norm(
     ):
         # Torch's backward reads them again; by then they may have moved.
         running_mean, running_var = _copied(running_mean, running_var)
-    return _torchs(
+    y = _torchs(
         F.batch_norm,
         _check_batch_norm,
         input,
@@ -164,6 +184,7 @@ def batch_norm(
         momentum,
         eps,
     )
+    return activate(y, activation)
 
 
 def instance_norm(
@@ -175,6 +196,8 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalize each channel of each instance over its positions.
 
@@ -192,6 +215,7 @@ def instance_norm(
         use_input_stats: where False, normalize by the running statistics.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
+        activation: of y; see :func:`batch_norm`.
 
     Returns:
         y in the shape and dtype of the input. float32 and float64 with the
@@ -206,6 +230,7 @@ def instance_norm(
 
     Ulyanov, Vedaldi & Lempitsky (2016). Chapter 5.
     """
+    _check_activation(activation)
     _check_eps("instance_norm", eps)
     norm = "instance_norm" if use_input_stats else "evaluation"
     args = (
@@ -221,6 +246,7 @@ def instance_norm(
             weight,
             bias,
             eps,
+            activation,
             given=None if use_input_stats else (running_mean, running_var),
             moments=running_mean is not None,
         )
@@ -236,7 +262,7 @@ def instance_norm(
     last = None if input.dtype in HALF else _channels_last(input)
     seen = input.flatten(2) if _misread(input) else input
     y = _torchs(F.instance_norm, _check_instance_norm, seen, *args)
-    y = y if seen is input else restore(y, input)
+    y = activate(y if seen is input else restore(y, input), activation)
     return y if last is None else y.contiguous(memory_format=last)
 
 
@@ -246,6 +272,8 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalize each group of channels of each instance.
 
@@ -256,6 +284,7 @@ def group_norm(
             the input's dtype, like the bias.
         bias: shift, (C,), or None.
         eps: added to the variance.
+        activation: of y; see :func:`batch_norm`.
 
     Returns:
         y in the shape and dtype of the input.
@@ -268,13 +297,14 @@ def group_norm(
 
     Wu & He (2018). Chapter 5.
     """
+    _check_activation(activation)
     _check_eps("group_norm", eps)
     args = (num_groups, weight, bias, eps)
     if backends.considers(input, "group_norm", weight) and _fits(
         _check_group_norm, input, *args
     ):
         view = channel_view(input.shape, num_groups)
-        found = _normalize(input, view, weight, bias, eps)
+        found = _normalize(input, view, weight, bias, eps, activation)
         if found is not None:
             return found[0]
     # Torch's kernel for channels last takes E[x^2] - E[x]^2 in float32: at a
@@ -288,7 +318,8 @@ def group_norm(
         input.contiguous() if lossy else input,
         *args,
     )
-    return y.contiguous(memory_format=last) if lossy else y
+    y = y.contiguous(memory_format=last) if lossy else y
+    return activate(y, activation)
 
 
 def layer_norm(
@@ -297,6 +328,8 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalize each vector (or block) of the trailing axes by itself.
 
@@ -307,6 +340,7 @@ def layer_norm(
             16-bit input, or else of the input's dtype, like the bias.
         bias: shift, likewise.
         eps: added to the variance.
+        activation: of y; see :func:`batch_norm`.
 
     Returns:
         y in the shape and dtype of the input.
@@ -318,16 +352,18 @@ def layer_norm(
 
     Ba, Kiros & Hinton (2016). Chapter 5.
     """
+    _check_activation(activation)
     _check_eps("layer_norm", eps)
     args = (normalized_shape, weight, bias, eps)
     if backends.considers(input, "layer_norm", weight) and _fits(
         _check_layer_norm, input, *args
     ):
         view = trailing_view(input.shape, normalized_shape)
-        found = _normalize(input, view, weight, bias, eps)
+        found = _normalize(input, view, weight, bias, eps, activation)
         if found is not None:
             return found[0]
-    return _torchs(F.layer_norm, _check_layer_norm, input, *args)
+    y = _torchs(F.layer_norm, _check_layer_norm, input, *args)
+    return activate(y, activation)
 
 
 def rms_norm(
@@ -335,6 +371,8 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Divide each vector (or block) of the trailing axes by its size.
 
@@ -348,6 +386,7 @@ def rms_norm(
         eps: added to the mean square; by default the spacing of the
             numbers at 1 in the dtype of the arithmetic, which is float32
             for a 16-bit input.
+        activation: of y; see :func:`batch_norm`.
 
     Returns:
         y in the shape and dtype of the input.
@@ -359,6 +398,7 @@ def rms_norm(
 
     Zhang & Sennrich (2019). Chapter 5.
     """
+    _check_activation(activation)
     if eps is not None:
         _check_eps("rms_norm", eps)
     args = (normalized_shape, weight, eps)
@@ -367,10 +407,12 @@ def rms_norm(
     ):
         view = trailing_view(input.shape, normalized_shape)
         least = _least_eps(input) if eps is None else eps
-        found = _normalize(input, view, weight, None, least, centered=False)
+        call = (input, view, weight, None, least, activation)
+        found = _normalize(*call, centered=False)
         if found is not None:
             return found[0]
-    return _torchs(F.rms_norm, _check_rms_norm, input, *args)
+    y = _torchs(F.rms_norm, _check_rms_norm, input, *args)
+    return activate(y, activation)
 
 
 def add_layer_norm(
@@ -411,7 +453,7 @@ def add_layer_norm(
     _check_eps("layer_norm", eps)
     _check_residual("add_layer_norm", input, residual)
     args = (normalized_shape, weight, bias, eps)
-    if backends.considers(input, "layer_norm", weight) and _fits(
+    if backends.considers(input, "layer_norm", weight, "fuse") and _fits(
         _check_layer_norm, input, *args
     ):
         view = trailing_view(input.shape, normalized_shape)
@@ -456,7 +498,7 @@ def add_rms_norm(
         _check_eps("rms_norm", eps)
     _check_residual("add_rms_norm", input, residual)
     args = (normalized_shape, weight, eps)
-    if backends.considers(input, "rms_norm", weight) and _fits(
+    if backends.considers(input, "rms_norm", weight, "fuse") and _fits(
         _check_rms_norm, input, *args
     ):
         view = trailing_view(input.shape, normalized_shape)
@@ -546,6 +588,15 @@ def batch_normalization(
     return affine(*wide, variance_epsilon).to(x.dtype)
 
 
+def fusible(x: Tensor) -> bool:
+    """Whether a backend may do a norm of x together with its neighbors.
+
+    A cheap question, which also says yes to some calls that are composed in
+    the end.
+    """
+    return backends.considers(x, "normalize", None, "fuse")
+
+
 _DTYPES = (torch.float64, torch.float32, *HALF)
 
 
@@ -555,6 +606,7 @@ def _normalize(
     weight,
     bias,
     eps,
+    activation=None,
     *,
     over_batch=False,
     centered=True,
@@ -566,21 +618,29 @@ def _normalize(
     ``given`` are a mean and a variance to normalize by, in place of the
     input's.
     """
+    call = (x, view, weight, bias)
     kind = {"over_batch": over_batch, "centered": centered}
-    backend = backends.pick(x, view, weight, bias, given=given, **kind)
+    if activation is not None and given is None:
+        extras = fused.Extras(activation)
+        backend = backends.pick(*call, extras=extras, **kind)
+        if backend is not None:
+            fuse = backend.fuse
+            y, _, found = fuse(*call, eps, extras, moments=moments, **kind)
+            return y, found
+    backend = backends.pick(*call, given=given, **kind)
     if backend is None:
         return None
     if given is not None:
-        return backend.evaluate(x, view, *given, weight, bias, eps), None
-    return backend.normalize(
-        x, view, weight, bias, eps, moments=moments, **kind
-    )
+        y, found = backend.evaluate(x, view, *given, weight, bias, eps), None
+    else:
+        y, found = backend.normalize(*call, eps, moments=moments, **kind)
+    return activate(y, activation), found
 
 
 def _add(x, residual, view, weight, bias, eps, *, centered=True):
     """Let a backend add and normalize: y and the sum, None where none does."""
     kind = {"over_batch": False, "centered": centered}
-    extras = fused.Extras(residual)
+    extras = fused.Extras(residual=residual)
     backend = backends.pick(x, view, weight, bias, extras=extras, **kind)
     if backend is None:
         return None
@@ -753,6 +813,14 @@ def _check_trailing(function: str, x: Tensor, normalized_shape) -> None:
             f"{function} {error}"
         ) from None
     _check_floating(function, x)
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            "activation must be None or one of "
+            f"{', '.join(map(repr, ACTIVATIONS))}, but got {activation!r}"
+        )
 
 
 def _check_eps(function: str, eps: float) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, Parameter, Sequential
 
 from normlib import functional
 
@@ -182,6 +182,9 @@ class BatchNorm(_ChannelNorm):
         Returns:
             y in the shape, dtype and memory format of the input.
         """
+        return self._forward(input)
+
+    def _forward(self, input: Tensor, activation: str | None = None) -> Tensor:
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         by_batch = self.training or (mean is None and var is None)
@@ -198,6 +201,7 @@ class BatchNorm(_ChannelNorm):
                 by_batch,
                 self._next_momentum() if tracking else 0.0,
                 self.eps,
+                activation=activation,
             )
             if tracking and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
@@ -295,6 +299,9 @@ class _InstanceNorm(_ChannelNorm):
         Returns:
             y in the shape, dtype and memory format of the input.
         """
+        return self._forward(input)
+
+    def _forward(self, input: Tensor, activation: str | None = None) -> Tensor:
         self._check_input_dim(input)
         single = input.dim() == self._ranks[0]
         self._check_channels(input, 0 if single else 1)
@@ -307,6 +314,7 @@ class _InstanceNorm(_ChannelNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
+            activation=activation,
         )
         return y.squeeze(0) if single else y
 
@@ -484,8 +492,12 @@ class GroupNorm(Module):
         Returns:
             y in the shape, dtype and memory format of the input.
         """
+        return self._forward(input)
+
+    def _forward(self, input: Tensor, activation: str | None = None) -> Tensor:
         return functional.group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps
+            *(input, self.num_groups, self.weight, self.bias, self.eps),
+            activation=activation,
         )
 
     def extra_repr(self) -> str:
@@ -582,8 +594,12 @@ class LayerNorm(_TrailingNorm):
         Returns:
             y in the shape and dtype of the input.
         """
+        return self._forward(input)
+
+    def _forward(self, input: Tensor, activation: str | None = None) -> Tensor:
         return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps
+            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
+            activation=activation,
         )
 
     def extra_repr(self) -> str:
@@ -641,8 +657,12 @@ class RMSNorm(_TrailingNorm):
         Returns:
             y in the shape and dtype of x.
         """
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         return functional.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps
+            *(x, self.normalized_shape, self.weight, self.eps),
+            activation=activation,
         )
 
 
@@ -700,6 +720,73 @@ class AddRMSNorm(RMSNorm):
             *(input, residual, self.normalized_shape),
             *(self.weight, self.eps),
         )
+
+
+class NormActivation(Sequential):
+    """A norm and the ReLU or SiLU behind it, in one step where that pays.
+
+    ``NormActivation(GroupNorm(32, 320), torch.nn.SiLU())`` is
+    :class:`torch.nn.Sequential` of the two: constructor, children, keys,
+    what tracing, folding and conversion make of it, and its output. Only
+    where a backend may do both in one kernel, and nobody looks on, the two
+    are one call with the keyword ``activation`` of
+    :mod:`normlib.functional`. (A 16-bit output is then rounded once, not
+    twice.)
+
+    With other modules than a layer of normlib and :class:`torch.nn.ReLU` or
+    :class:`torch.nn.SiLU`, given or put there later, and with hooks on them,
+    it is a ``Sequential`` and no more. Chapter 10.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, then activate.
+
+        Args:
+            input: as the norm takes it.
+
+        Returns:
+            y in the shape, dtype and memory format of the input.
+        """
+        if not functional.fusible(input) or not self._alone():
+            return super().forward(input)
+        norm, act = self
+        return norm._forward(input, _ACTIVATIONS[type(act)])
+
+    def _alone(self) -> bool:
+        """Whether it holds a norm and an activation that nobody watches."""
+        return (
+            len(self) == 2
+            and type(self[0]) in _NORMS
+            and type(self[1]) in _ACTIVATIONS
+            and not any(map(_watched, self))
+        )
+
+
+_NORMS = (
+    *(BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    *(InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
+    *(GroupNorm, LayerNorm, RMSNorm),
+)
+_ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}
+
+
+def _watched(module: Module) -> bool:
+    """Whether a call of a module is more than its class's forward."""
+    return (
+        "forward" in vars(module)
+        or _hooked_everywhere()
+        or any(getattr(module, name, None) for name in _HOOKS)
+    )
+
+
+_hooked_everywhere = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+    "_compiled_call_impl",
+)
 
 
 @contextmanager

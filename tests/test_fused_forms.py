@@ -1,12 +1,19 @@
-"""A norm with its neighbor in one step: the residual addition before it."""
+"""A norm with its neighbor in one step: an addition before, an activation.
+
+After the table that is common to all norms: each is compared with NumPy in
+float64, with torch's calls one after the other, and with finite differences.
+"""
 
 import copy
 import functools
 import pickle
+import types
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CASES, draw
 from devices import DEVICES
 from test_fused import Kernels
 from torch import nn
@@ -14,7 +21,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import normlib
-from normlib import backends, functional, reference
+from normlib import backends, convert, functional, inference, reference
 from normlib.axes import trailing_view
 from normlib.backends import eager, fused
 from normlib.testing import TOLERANCE, assert_close
@@ -23,15 +30,28 @@ from normlib.testing import TOLERANCE, assert_close
 class Fusing(Kernels):
     """Counting kernels that know of extras."""
 
-    def forward(self, x, *args, extras=None, **kind):
+    def forward(self, x, view, weight, bias, *args, extras=None, **kind):
+        activation = None
         if extras is not None:
             self.seen.append("extras")
+            activation = extras.activation
             if extras.residual is not None:
                 x = torch.add(x, extras.residual, out=extras.total)
-        return super().forward(x, *args, **kind)
+        y, *rest = super().forward(x, view, weight, bias, *args, **kind)
+        return eager.activate(y, activation), *rest
 
-    def backward(self, *args, extras=None, **kind):
-        dx, *rest = super().backward(*args, **kind)
+    def backward(self, dy, x, view, weight, kept, *args, extras=None, **kind):
+        if extras is not None and extras.activation is not None:
+            mean, rstd = (k.reshape(-1, view.G, 1, 1) for k in kept)
+            z = (x.reshape(view) - mean) * rstd
+            for p, combine in (
+                (weight, torch.mul),
+                (extras.bias, torch.add),
+            ):
+                if p is not None:
+                    z = combine(z, p.reshape(1, view.G, view.K, 1))
+            dy = gradient(dy.reshape(view), z, extras.activation)
+        dx, *rest = super().backward(dy, x, view, weight, kept, *args, **kind)
         if extras is not None and extras.dtotal is not None:
             dx = None if dx is None else dx + extras.dtotal
         return dx, *rest
@@ -40,6 +60,14 @@ class Fusing(Kernels):
         module = super().backend()
         module.fuse = functools.partial(fused.fuse, self)
         return module
+
+
+def gradient(dy, z, activation):
+    """The gradient through an activation, by autograd."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        y = eager.ACTIVATIONS[activation](z)
+    return torch.autograd.grad(y, z, dy)[0]
 
 
 @pytest.fixture
@@ -67,6 +95,14 @@ def declined(kernels, f):
     kernels.seen.clear()
     result = f()
     assert not kernels.seen
+    return result
+
+
+def apart(kernels, f):
+    """Run f, and say whether norm and activation were two steps."""
+    kernels.seen.clear()
+    result = f()
+    assert "extras" not in kernels.seen
     return result
 
 
@@ -530,3 +566,399 @@ def test_a_layer_with_a_residual_is_saved_loaded_and_copied(
     state = {k: 2 * v for k, v in layer.state_dict().items()}
     y, _ = functional_call(layer, state, (x, residual))
     assert_close(y, 2 * expected[0])
+
+
+# An activation behind the norm
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+BOTH = pytest.mark.parametrize("activation", ["relu", "silu"])
+
+
+def activated(activation):
+    """normlib.functional with the keyword given to every norm."""
+    names = {case.norm for case in CASES.values()}
+    return types.SimpleNamespace(
+        **{
+            name: functools.partial(
+                getattr(functional, name), activation=activation
+            )
+            for name in names
+        }
+    )
+
+
+def in_numpy(z, dy, activation):
+    """The activation, and the gradient with respect to z."""
+    if activation == "relu":
+        return numpy.maximum(z, 0.0), dy * (z > 0)
+    sigmoid = 1 / (1 + numpy.exp(-z))
+    return z * sigmoid, dy * (sigmoid + z * sigmoid * (1 - sigmoid))
+
+
+def serves(backend, case, x, weight, bias):
+    module = backends.BACKENDS.get(backend)
+    call = x, case.view, weight, bias
+    return module is None or module.supports(*call, **case.kind)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "mean"),
+    [
+        (torch.float64, 1e4),
+        (torch.float32, 0.5),
+        (torch.float32, 1e4),
+        (torch.bfloat16, 0.5),
+        (torch.float16, 0.5),
+    ],
+    ids=str,
+)
+@BOTH
+def test_norm_and_activation_equal_the_reference(
+    case, activation, backend, device, dtype, mean
+):
+    far = mean > 1e3 and case.has_bias
+    x, weight, bias, dy = draw(case, mean=mean if far else 0.5)
+    kept = eager.widen(x.to(dtype)).dtype if case.has_bias else dtype
+    x, dy = x.to(dtype), dy.to(dtype)
+    parameters = [None if p is None else p.to(kept) for p in (weight, bias)]
+    z, cache = case.reference(
+        *(None if p is None else p.double().numpy() for p in (x, *parameters)),
+        1e-5,
+    )
+    if activation == "relu":  # on which side of 0 is a matter of rounding
+        dy[torch.tensor(abs(z) < 0.05)] = 0
+    y, dz = in_numpy(z, dy.double().numpy(), activation)
+    exact = [y, *reference.normalize_backward(dz, cache)]
+    leaves = [
+        None if p is None else p.to(device).requires_grad_()
+        for p in (x, *parameters)
+    ]
+    library = activated(activation)
+    if not serves(backend, case, *leaves):
+        with pytest.raises(RuntimeError, match="does not serve"):
+            case.of(library, *leaves, 1e-5)
+        return
+    y = case.of(library, *leaves, 1e-5)
+    wanted = [p for p in leaves if p is not None]
+    grads = torch.autograd.grad(y, wanted, dy.to(device))
+    assert y.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    if far and dtype == torch.float32 and backend != "eager":
+        tolerance = 1e-2  # what torch's own kernels lose there
+    for got, expected in zip([y, *grads], exact, strict=False):
+        expected = expected.reshape(got.shape)
+        assert_close(got, expected, tolerance=tolerance)
+
+
+@BOTH
+def test_an_activation_unfused_is_the_composition_to_the_last_bit(
+    case, activation
+):
+    x, weight, bias, dy = (
+        None if p is None else p.float() for p in draw(case)
+    )
+    results = []
+    for library, act in (
+        (activated(activation), lambda y: y),
+        (functional, eager.ACTIVATIONS[activation]),
+    ):
+        given = x, weight, bias
+        leaves = [None if p is None else learning(p)[0] for p in given]
+        y = act(case.of(library, *leaves, 1e-5))
+        y.backward(dy)
+        results.append([y, *(p.grad for p in leaves if p is not None)])
+    assert all(map(torch.equal, *results))
+
+
+@BOTH
+def test_derivatives_through_an_activation_by_finite_differences(
+    kernels, case, activation
+):
+    x, weight, bias, _ = draw(case, seed=3)
+    leaves = [p.requires_grad_() for p in (x, weight, bias) if p is not None]
+
+    def f(x, weight, bias=None):
+        return case.of(activated(activation), x, weight, bias, 1e-3)
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+    assert set(kernels.seen) == {"extras", "forward", "backward"}
+
+
+@BOTH
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_gradients_through_an_activation_as_needed(
+    kernels, activation, needed
+):
+    """Also of the weight alone, whose gradient needs the bias."""
+    case = CASES["group, pairs"]
+    *given, dy = draw(case)
+    results = []
+    for library, act in (
+        (activated(activation), lambda y: y),
+        (F, eager.ACTIVATIONS[activation]),
+    ):
+        leaves = [
+            p.detach().clone().requires_grad_(bool(needed >> i & 1))
+            for i, p in enumerate(given)
+        ]
+        act(case.of(library, *leaves, 1e-5)).backward(dy)
+        results.append([p.grad for p in leaves])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is theirs is None or assert_close(ours, theirs) < 1e-12
+    assert kernels.seen == ["extras", "forward", "backward"]
+
+
+def test_a_bias_behind_which_is_an_activation_may_not_change(kernels):
+    x, weight, bias, dy = draw(CASES["layer, tokens"])
+    weight, bias = learning(weight, bias)
+    y = functional.layer_norm(x, (8,), weight, bias, activation="silu")
+    with torch.no_grad():
+        bias.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.backward(dy)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@BOTH
+def test_what_is_not_finite_goes_through_an_activation(
+    case, backend, activation, value
+):
+    x, weight, bias, dy = (
+        None if p is None else p.float() for p in draw(case)
+    )
+    x[(0,) * x.dim()] = value
+    if not serves(backend, case, x, weight, bias):
+        return
+    (x,) = learning(x)
+    y = case.of(activated(activation), x, weight, bias, 1e-5)
+    z = case.of(F, x, weight, bias, 1e-5)
+    expected = eager.ACTIVATIONS[activation](z)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert_close(y[~y.isnan()], expected[~expected.isnan()])
+    dx = torch.autograd.grad(y, x, dy)[0]
+    assert torch.equal(
+        dx.isnan(), torch.autograd.grad(expected, x, dy)[0].isnan()
+    )
+
+
+@pytest.mark.parametrize("bad", ["gelu", "ReLU", "", torch.relu])
+def test_an_unknown_activation_is_refused_before_anything_moves(bad):
+    running = torch.zeros(9), torch.ones(9)
+    names = "'relu', 'silu'"
+    for call in (
+        lambda a: functional.batch_norm(X, *running, None, None, True, **a),
+        lambda a: functional.instance_norm(X[None], **a),
+        lambda a: functional.group_norm(X, 3, **a),
+        lambda a: functional.layer_norm(X, (9,), **a),
+        lambda a: functional.rms_norm(X, (9,), **a),
+    ):
+        with pytest.raises(ValueError, match=names) as told:
+            call({"activation": bad})
+        assert repr(bad) in str(told.value)
+    assert_close(running, (torch.zeros(9), torch.ones(9)))
+
+
+def pair(norm, act, seed=0):
+    """Ours, and Sequential of torch.nn's with the same random parameters."""
+    name, *args = norm
+    torch.manual_seed(seed)
+    ours = normlib.NormActivation(getattr(normlib, name)(*args), act())
+    theirs = nn.Sequential(getattr(nn, name)(*args), act())
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+LAYERS = {
+    "batch": (("BatchNorm2d", 6), (4, 6, 3, 5)),
+    "batch, dense": (("BatchNorm1d", 6), (7, 6)),
+    "cumulative": (("BatchNorm2d", 6, 1e-5, None), (4, 6, 3, 5)),
+    "untracked": (("BatchNorm2d", 6, 1e-5, 0.1, True, False), (4, 6, 3, 5)),
+    "instance": (("InstanceNorm2d", 6, 1e-5, 0.1, True, True), (4, 6, 3, 5)),
+    "instance, one": (("InstanceNorm2d", 6), (6, 3, 5)),
+    "group": (("GroupNorm", 3, 6), (4, 6, 3, 5)),
+    "layer": (("LayerNorm", 5), (4, 6, 5)),
+    "rms": (("RMSNorm", 5), (4, 6, 5)),
+}
+ACTS = pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+
+
+@pytest.mark.parametrize(("norm", "shape"), LAYERS.values(), ids=LAYERS.keys())
+@ACTS
+def test_a_pair_of_layers_is_the_sequence_of_them(kernels, norm, shape, act):
+    """In training, twice, and in evaluation: outputs, gradients, buffers."""
+    ours, theirs = pair(norm, act)
+    assert repr(ours) == repr(theirs).replace("Sequential", "NormActivation")
+    for step, training in enumerate((True, True, False)):
+        g = torch.Generator().manual_seed(step)
+        x, dy = (torch.randn(shape, generator=g) for _ in range(2))
+        results = []
+        for module in (ours.train(training), theirs.train(training)):
+            (leaf,) = learning(x)
+            y = module(leaf)
+            leaves = [leaf, *module.parameters()]
+            grads = torch.autograd.grad(y, leaves, dy)
+            results.append([y, *grads, *module.buffers()])
+        assert_close(*results)
+    evaluates = norm[0].startswith(("Batch", "Instance")) and len(norm) < 6
+    fused_steps = 2 if evaluates and norm[0][0] == "B" else 3
+    if norm == LAYERS["instance"][0]:
+        fused_steps = 2
+    assert kernels.seen.count("extras") == fused_steps
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def group_and_silu():
+    ours, theirs = pair(("GroupNorm", 3, 6), nn.SiLU)
+    return ours, theirs, torch.randn(4, 6, 3, 5)
+
+
+def test_what_looks_on_sees_both_layers(kernels):
+    ours, theirs, x = group_and_silu()
+    expected = theirs(x)
+    seen = []
+    for module in ours:
+        handle = module.register_forward_hook(
+            lambda module, args, y: seen.append((args[0], y))
+        )
+        assert_close(apart(kernels, lambda: ours(x)), expected)
+        handle.remove()
+    assert_close(seen[0][1], theirs[0](x))
+    assert_close(seen[1], (theirs[0](x), expected))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.append(module)
+    )
+    assert_close(apart(kernels, lambda: ours(x)), expected)
+    handle.remove()
+    assert seen[2:] == [*ours, ours]
+    for hook in ("register_forward_pre_hook", "register_full_backward_hook"):
+        handle = getattr(ours[0], hook)(lambda *args: None)
+        assert_close(apart(kernels, lambda: ours(x)), expected)
+        handle.remove()
+    kernels.seen.clear()
+    assert_close(ours(x), expected)
+    assert kernels.seen == ["extras", "forward"]
+
+
+def test_other_children_are_called_one_after_the_other(kernels):
+    ours, theirs, x = group_and_silu()
+    expected = theirs(x)
+    for change in (
+        lambda m: m.append(nn.Identity()),
+        lambda m: m.__setitem__(0, theirs[0]),
+        lambda m: setattr(m[0], "forward", theirs[0].forward),
+        lambda m: nn.utils.parametrizations.weight_norm(m[0], dim=None),
+        lambda m: m[0].compile(backend="eager"),
+    ):
+        other = copy.deepcopy(ours)
+        change(other)
+        assert_close(apart(kernels, lambda m=other: m(x)), expected)
+    ours[1] = nn.GELU()
+    assert_close(apart(kernels, lambda: ours(x)), F.gelu(theirs[0](x)))
+    assert type(ours[:1]) is normlib.NormActivation
+    assert_close(apart(kernels, lambda: ours[:1](x)), theirs[0](x))
+
+
+def test_a_relu_in_place_leaves_the_input_alone(kernels):
+    ours = normlib.NormActivation(normlib.LayerNorm(5), nn.ReLU(inplace=True))
+    x = torch.randn(3, 5)
+    before = x.clone()
+    assert_close(ours(x), F.relu(F.layer_norm(x, (5,))))
+    assert torch.equal(x, before)
+    assert "extras" in kernels.seen
+
+
+def test_autocast_transforms_and_compilers_step_aside(kernels):
+    ours, theirs, x = group_and_silu()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = declined(kernels, lambda: ours(x.bfloat16()))
+        assert torch.equal(y, theirs(x.bfloat16()))
+    for transform in (
+        lambda f: vmap(f, randomness="error")(x[:, None]),
+        lambda f: jvp(f, (x,), (x.cos(),))[1],
+        lambda f: grad(lambda x: f(x).pow(3).sum())(x),
+    ):
+        got = declined(kernels, functools.partial(transform, ours))
+        assert_close(got, transform(theirs))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_close(declined(kernels, lambda: compiled(x)), theirs(x))
+    program = declined(kernels, lambda: torch.export.export(ours, (x,)))
+    assert "group_norm" in str(program.graph)
+    assert "silu" in str(program.graph)
+    traced = torch.fx.symbolic_trace(ours)
+    assert_close(traced(x), theirs(x))
+
+
+def test_folding_conversion_and_freezing_see_a_sequence(kernels):
+    torch.manual_seed(0)
+    bn = normlib.BatchNorm2d(4)
+    block = normlib.NormActivation(bn, nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), block)
+    x = torch.randn(2, 3, 6, 6)
+    model(x)
+    model.eval()
+    expected = model(x)
+    folded = inference.fold_batch_norm(model)
+    assert not any(isinstance(m, normlib.BatchNorm) for m in folded.modules())
+    assert_close(folded(x), expected)
+    theirs = convert.to_torch(copy.deepcopy(model))
+    assert type(theirs[1][0]) is nn.BatchNorm2d
+    assert_close(theirs(x), expected)
+    back = convert.from_torch(theirs)
+    assert type(back[1][0]) is normlib.BatchNorm2d
+    assert_close(back.train()(x), model.train()(x))
+
+
+class Diffusion(nn.Module):
+    """A residual block of a diffusion model's U-Net, and a head."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.first = pair()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1)
+        self.second = pair()
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.conv2(self.second(self.conv1(self.first(x))))
+        return self.head((x + y).mean((2, 3)))
+
+
+@ACTS
+@pytest.mark.parametrize("norm", [("GroupNorm", 3, 6), ("BatchNorm2d", 6)])
+def test_a_diffusion_block_trains_saves_and_loads(
+    kernels, norm, act, tmp_path
+):
+    torch.manual_seed(0)
+    x, target = torch.randn(4, 6, 5, 5), torch.randint(3, (4,))
+    model = Diffusion(lambda: pair(norm, act)[0])
+    twin = Diffusion(lambda: pair(norm, act)[1])
+    twin.load_state_dict(model.state_dict())
+    trained(model, x, target)
+    trained(twin, x, target)
+    assert kernels.seen.count("extras") == 3 * 2
+    assert_close(list(model.parameters()), list(twin.parameters()))
+    torch.save(model.state_dict(), tmp_path / "state")
+    other = Diffusion(lambda: pair(norm, act, seed=1)[0])
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other
+    model.eval()
+    for loaded in copies:
+        assert_close(loaded.eval()(x), model(x))
+    state = {k: 0.5 * v for k, v in model.state_dict().items()}
+    assert_close(
+        functional_call(model, state, (x,)),
+        functional_call(twin.eval(), state, (x,)),
+    )

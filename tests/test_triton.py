@@ -17,7 +17,7 @@ from devices import DEVICES
 
 from normlib import backends
 from normlib.axes import View
-from normlib.backends import eager
+from normlib.backends import eager, fused
 from normlib.backends import triton as backend
 from normlib.testing import assert_close
 
@@ -113,6 +113,47 @@ def run(case, x, weight, bias, dy, needs=(True, True, True)):
     return y, mean, var, *grads
 
 
+EXTRAS = {
+    "relu": (False, "relu"),
+    "silu": (False, "silu"),
+    "add": (True, None),
+    "add, silu": (True, "silu"),
+}
+
+
+def run_fused(case, call, residual, dtotal, activation):
+    """y, the sum, dx, dweight and dbias by the kernels, all in one."""
+    x, weight, bias, dy = call
+    total = None if residual is None else torch.empty_like(x)
+    extras = fused.Extras(activation, residual, total)
+    kind = case.kind
+    y, _, _, kept = backend.forward(
+        *(x, case.view, weight, bias, 1e-3), **kind, extras=extras
+    )
+    x = x if total is None else total
+    extras = fused.Extras(activation, dtotal=dtotal, bias=bias)
+    needs = True, True, True
+    grads = backend.backward(
+        *(dy, x, case.view, weight, kept, needs), **kind, extras=extras
+    )
+    return y, total, *grads
+
+
+def fused_exactly(case, call, residual, dtotal, activation):
+    """The same in float64, by the formula and autograd."""
+    x, weight, bias, dy = (t.double().requires_grad_() for t in call)
+    total = x if residual is None else (call[0] + residual).double()
+    total = total.detach().requires_grad_()
+    z, _ = eager.normalize(
+        *(total, case.view, weight, bias, 1e-3), **case.kind
+    )
+    y = eager.activate(z, activation)
+    grads = torch.autograd.grad(y, (total, weight, bias), dy.detach())
+    if dtotal is not None:
+        grads = (grads[0] + dtotal.double(), *grads[1:])
+    return y, total, *grads
+
+
 def exactly(case, x, weight, bias, dy):
     x, weight, bias, dy = (t.double() for t in (x, weight, bias, dy))
     y, found = eager.normalize(x, case.view, weight, bias, 1e-3, **case.kind)
@@ -150,6 +191,43 @@ def test_every_family_agrees_with_the_formula(case, device, dtype, mean):
     if case.over_batch:  # for the running statistics
         assert_close(mean.double(), found.mean.flatten(), tolerance=1e-6)
         assert_close(var.double(), found.var.flatten(), tolerance=2e-6)
+
+
+def beside(case, adds, device, dtype, mean=0.5):
+    """x, weight, bias and dy; a residual and its gradient, or None twice."""
+    call = draw(case, device, dtype, mean)
+    if not adds:
+        return call, None, None
+    if case.family not in ("_TRAILING", "_LONG"):
+        pytest.skip("only rows with a weight for each column add")
+    return call, call[0].flip(0) - mean, call[3].flip(0)
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("adds", "activation"), EXTRAS.values(), ids=EXTRAS.keys()
+)
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(torch.float32, 1e4), (torch.float16, 0.5)], ids=str
+)
+def test_every_family_takes_its_neighbors_along(
+    case, device, dtype, mean, adds, activation
+):
+    call, *more = beside(case, adds, device, dtype, mean)
+    if activation == "relu":  # which side of 0 it is, rounding decides
+        z = fused_exactly(case, call, *more, None)[0]
+        call[3][z.abs() < 1e-2] = 0
+    y, total, *grads = run_fused(case, call, *more, activation)
+    exact, total_, *exact_grads = fused_exactly(case, call, *more, activation)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert y.dtype == dtype
+    assert y.stride() == call[0].stride()
+    assert_close(y.double(), exact, tolerance=tolerance)
+    if adds:
+        assert torch.equal(total.double(), total_)
+    for got, wanted in zip(grads, exact_grads, strict=True):
+        got = got.double().reshape(wanted.shape)
+        assert_close(got, wanted, tolerance=tolerance)
 
 
 @on_kernels
@@ -261,7 +339,7 @@ def test_the_interpreter_runs_this_file_and_the_table_of_norms():
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:nbval"),
             *("-o", "addopts=", "-p", "no:cacheprovider"),
             *("tests/test_triton.py", "tests/test_functional.py"),
-            *("-k", "test_triton or triton"),
+            *("tests/test_fused_forms.py", "-k", "test_triton or triton"),
         ],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -285,6 +363,25 @@ def test_every_kernel_compiles_for_a_hopper_gpu(case, dtype, monkeypatch):
     monkeypatch.setattr(backend, "_launch", compiler(compiled))
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 132)
     run(case, *draw(case, "cpu", dtype))
+    assert len(compiled) >= 2
+    for kernel in compiled:
+        assert kernel.asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="Triton's compiler is for Linux"
+)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_every_fused_kernel_compiles_for_a_hopper_gpu(
+    case, activation, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr(backend, "_launch", compiler(compiled))
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 132)
+    adds = case.family in ("_TRAILING", "_LONG")
+    call, *more = beside(case, adds, "cpu", torch.bfloat16)
+    run_fused(case, call, *more, activation)
     assert len(compiled) >= 2
     for kernel in compiled:
         assert kernel.asm["cubin"]

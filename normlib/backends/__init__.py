@@ -86,7 +86,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def considers(x: Tensor, norm: str, weight: Tensor | None) -> bool:
+def considers(
+    x: Tensor, norm: str, weight: Tensor | None, needed: str = "normalize"
+) -> bool:
     """Whether a backend of ours may serve a call at all.
 
     This is asked first and of every call, so it is cheap (half a
@@ -98,15 +100,16 @@ def considers(x: Tensor, norm: str, weight: Tensor | None) -> bool:
         norm: a row of :data:`normlib.axes.TABLE`, ``"evaluation"``, or
             ``"normalize"`` for a view that may be any of them.
         weight: the scale, or None.
+        needed: the function that a backend must have for it.
     """
     if _forced is not None:
-        return True
+        return hasattr(BACKENDS[_forced], needed)
     if torch.compiler.is_compiling() or type(x) not in fused.TENSORS:
         return False
     if torch.jit.is_tracing() or (size := x.numel()) < LEAST:
         return False
     for module in BACKENDS.values():
-        if size >= module.least(norm, x, weight):
+        if hasattr(module, needed) and size >= module.least(norm, x, weight):
             return fused.plain(x)
     return False
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normlib.axes import View, stat_axes
@@ -17,6 +18,9 @@ from normlib.stats import Moments, center
 
 HALF = (torch.float16, torch.bfloat16)
 """The dtypes that are computed in float32."""
+
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+"""The functions that can follow a norm in one step, by name."""
 
 
 def available() -> bool:
@@ -93,6 +97,8 @@ def backward(
     *,
     over_batch: bool,
     centered: bool,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of :func:`normalize`, by differentiable operations.
 
@@ -112,6 +118,9 @@ def backward(
         dvar: gradient with respect to the biased variance, likewise.
         over_batch: see there.
         centered: see there.
+        bias: see there; it counts where there is an activation.
+        activation: of y, where dy is the gradient of that: a name in
+            :data:`ACTIVATIONS`.
 
     Returns:
         dx in the shape and dtype of x; dweight and dbias of shape (G, K);
@@ -124,6 +133,10 @@ def backward(
     rstd = torch.rsqrt(found.var + eps)
     xhat = centered_x * rstd
     dy = torch.zeros_like(xhat) if dy is None else widen(dy).reshape(view)
+    if activation is not None:
+        scale, shift = (_parameter(p, view) for p in (weight, bias))
+        z = affine(centered_x, None, found.var, scale, shift, eps)
+        dy = _through(dy, z, activation)
     dx = dweight = dbias = None
     if needs[0]:
         g = dy if weight is None else dy * _parameter(weight, view)
@@ -142,6 +155,11 @@ def backward(
     if needs[2]:
         dbias = dy.sum((0, 3))
     return dx, dweight, dbias
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """The activation of z; z itself where it is None."""
+    return z if activation is None else ACTIVATIONS[activation](z)
 
 
 def moments(x: Tensor, view: View, *, over_batch: bool, centered: bool):
@@ -198,6 +216,14 @@ def _center(x, view, over_batch, centered):
     if centered:
         return center(x4, axes)
     return x4, Moments.about_zero(x4, axes)
+
+
+def _through(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """The gradient with respect to z, given that of its activation."""
+    if activation == "relu":
+        return torch.where(z <= 0, 0.0, dy)
+    sigmoid = torch.sigmoid(z)
+    return dy * sigmoid * (1 + z * (1 - sigmoid))
 
 
 def _parameter(p: Tensor | None, view: View) -> Tensor | None:

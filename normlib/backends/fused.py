@@ -26,6 +26,9 @@ TENSORS = (Tensor, torch.nn.Parameter)
 class Extras(NamedTuple):
     """What kernels do on the way, besides the norm."""
 
+    activation: str | None = None
+    """Of what the norm gives: a name in
+    :data:`normlib.backends.eager.ACTIVATIONS`."""
     residual: Tensor | None = None
     """Added to x before the norm: of its shape and dtype, any strides."""
     total: Tensor | None = None
@@ -33,6 +36,9 @@ class Extras(NamedTuple):
     dtotal: Tensor | None = None
     """In the backward, what is added to dx, the gradient of that sum from
     elsewhere; likewise."""
+    bias: Tensor | None = None
+    """In the backward, the shift, without which an activation's slope is not
+    known."""
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -133,7 +139,10 @@ def fuse(
     centered: bool,
     moments: bool = False,
 ) -> tuple[Tensor, Tensor | None, Moments | None]:
-    """The same with more in the same kernels: the norm of x + residual.
+    """The same with more in the same kernels.
+
+    ``y = activation(norm(x + residual))``, without an activation or a
+    residual where it is None.
 
     Args:
         kernels: as for :func:`normalize`. Where something is fused, forward
@@ -144,7 +153,7 @@ def fuse(
         weight: see there.
         bias: see there.
         eps: see there.
-        extras: the residual, plain, or none.
+        extras: the activation and the residual, which is plain.
         over_batch: see there.
         centered: see there.
         moments: see there.
@@ -155,7 +164,7 @@ def fuse(
     """
     residual = extras.residual
     kind = {"over_batch": over_batch, "centered": centered}
-    call = kernels, view, eps, kind
+    call = kernels, view, eps, extras.activation, kind
     needs_graph = torch.is_grad_enabled() and any(
         p is not None and p.requires_grad for p in (x, residual, weight, bias)
     )
@@ -182,11 +191,10 @@ def flat(p: Tensor | None) -> Tensor | None:
 
 def _forward(x, residual, weight, bias, call):
     """The kernels' forward: y, x + residual, mean, var, kept."""
-    kernels, view, eps, kind = call
-    total = None
-    if residual is not None:
-        total = torch.empty_like(x)
-        kind = {**kind, "extras": Extras(residual, total)}
+    kernels, view, eps, activation, kind = call
+    total = None if residual is None else torch.empty_like(x)
+    if activation is not None or residual is not None:
+        kind = {**kind, "extras": Extras(activation, residual, total)}
     y, *rest = kernels.forward(x, view, weight, bias, eps, **kind)
     return y, total, *rest
 
@@ -197,8 +205,11 @@ class _Fused(torch.autograd.Function):
         y, total, mean, var, kept = _forward(x, residual, weight, bias, call)
         # The weight is of no use to its own gradient; saved all the same,
         # it could not be changed in place before the backward.
-        scale = weight if any(ctx.needs_input_grad[:2]) else None
-        ctx.save_for_backward(x if total is None else total, scale, *kept)
+        slopes = call[3] is not None
+        scale = weight if slopes or any(ctx.needs_input_grad[:2]) else None
+        shift = bias if slopes else None
+        x = x if total is None else total
+        ctx.save_for_backward(x, scale, shift, *kept)
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.parameters = tuple(
@@ -212,11 +223,11 @@ class _Fused(torch.autograd.Function):
             return dtotal, dtotal, None, None, None
         # The order matters: with a graph being made, the saved statistics
         # are constants and would give wrong second derivatives.
-        x, weight, *kept = (
+        x, weight, bias, *kept = (
             None if t is None else eager.settle(t)  # hooks may lay them out
             for t in ctx.saved_tensors
         )
-        kernels, view, eps, kind = ctx.call
+        kernels, view, eps, activation, kind = ctx.call
         of_x, of_residual, *others = ctx.needs_input_grad[:4]
         needs = (of_x or of_residual, *others)
         if (
@@ -224,16 +235,18 @@ class _Fused(torch.autograd.Function):
             or dy is None
             or dmean is not None
             or dvar is not None
-            or not plain(dy, dtotal, x, weight)
+            or not plain(dy, dtotal, x, weight, bias)
         ):
             dx, *rest = eager.backward(
-                dy, x, view, weight, eps, needs, dmean, dvar, **kind
+                *(dy, x, view, weight, eps, needs, dmean, dvar),
+                **(kind | {"bias": bias, "activation": activation}),
             )
             if dx is not None and dtotal is not None:
                 dx = dx + dtotal
         else:
-            if dtotal is not None:
-                kind = {**kind, "extras": Extras(dtotal=dtotal)}
+            if activation is not None or dtotal is not None:
+                extras = Extras(activation, dtotal=dtotal, bias=bias)
+                kind = {**kind, "extras": extras}
             dx, *rest = kernels.backward(
                 dy, x, view, weight, tuple(kept), needs, **kind
             )

@@ -41,6 +41,7 @@ def trailing_forward(
     columns,
     eps,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -66,7 +67,7 @@ def trailing_forward(
     rstd = 1.0 / tl.sqrt(var + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     weight, bias = _parameters(weight_ptr, bias_ptr, column, column < columns)
-    y = x * rstd * weight + bias
+    y = _activate(x * rstd * weight + bias, ACTIVATION)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -75,6 +76,7 @@ def trailing_backward(
     dy_ptr,
     x_ptr,
     weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     dtotal_ptr,
@@ -84,6 +86,7 @@ def trailing_backward(
     rows,
     columns,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -93,7 +96,7 @@ def trailing_backward(
     and then is one row of the partial sums (programs, columns).
     """
     column = tl.arange(0, BLOCK)[None, :]
-    weight, _ = _parameters(weight_ptr, None, column, column < columns)
+    weight, bias = _parameters(weight_ptr, bias_ptr, column, column < columns)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) * ROWS
@@ -110,6 +113,7 @@ def trailing_backward(
             x = _from_first(x, x_ptr, None, start, row < rows) - mean
             x = tl.where(inside, x, 0.0)
         xhat = x * rstd
+        dy = _through(dy, xhat * weight + bias, ACTIVATION)
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
@@ -144,6 +148,7 @@ def long_forward(
     columns,
     eps,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row in blocks: merge their moments, then read them again."""
@@ -187,6 +192,7 @@ def long_forward(
         x = _read(x_ptr, residual_ptr, column, inside)
         weight, bias = _parameters(weight_ptr, bias_ptr, column, inside)
         y = (x - start - mean) * rstd * weight + bias
+        y = _activate(y, ACTIVATION)
         tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -195,12 +201,14 @@ def long_backward(
     dy_ptr,
     x_ptr,
     weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     dtotal_ptr,
     dx_ptr,
     columns,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Dx of one row in blocks: its two sums, then the row again."""
@@ -223,9 +231,11 @@ def long_backward(
         inside = column < columns
         dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x = _read(x_ptr, None, column, inside)
-        weight, _ = _parameters(weight_ptr, None, column, inside)
-        g_sum += dy * weight
-        gxhat_sum += dy * weight * ((x - start - mean) * rstd)
+        xhat = (x - start - mean) * rstd
+        weight, bias = _parameters(weight_ptr, bias_ptr, column, inside)
+        g = _through(dy, xhat * weight + bias, ACTIVATION) * weight
+        g_sum += g
+        gxhat_sum += g * xhat
     g_mean = tl.sum(g_sum, 0) / columns
     gxhat_mean = tl.sum(gxhat_sum, 0) / columns
     for first in range(0, columns, BLOCK):
@@ -233,8 +243,10 @@ def long_backward(
         inside = column < columns
         dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x = _read(x_ptr, None, column, inside)
-        weight, _ = _parameters(weight_ptr, None, column, inside)
-        dx = dy * weight - ((x - start - mean) * rstd) * gxhat_mean
+        xhat = (x - start - mean) * rstd
+        weight, bias = _parameters(weight_ptr, bias_ptr, column, inside)
+        g = _through(dy, xhat * weight + bias, ACTIVATION) * weight
+        dx = g - xhat * gxhat_mean
         if CENTERED:
             dx -= g_mean
         dx = dx * rstd
@@ -247,6 +259,8 @@ def long_backward(
 def long_sums(
     dy_ptr,
     x_ptr,
+    weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     dweight_ptr,
@@ -254,11 +268,13 @@ def long_sums(
     rows,
     columns,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partial sums over rows of dy * xhat and dy, (programs, columns)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    weight, bias = _parameters(weight_ptr, bias_ptr, column, column < columns)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(1) * ROWS
@@ -273,7 +289,9 @@ def long_sums(
         if CENTERED:
             x = _from_first(x, x_ptr, None, start, row < rows)
             x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        dweight += dy * (x * rstd)
+        xhat = x * rstd
+        dy = _through(dy, xhat * weight + bias, ACTIVATION)
+        dweight += dy * xhat
         dbias += dy
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1).to(tl.int64) * columns + column
@@ -331,6 +349,7 @@ def planes_forward(
     positions,
     eps,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -355,7 +374,7 @@ def planes_forward(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     which = (row % groups) * channels + channel
     weight, bias = _parameters(weight_ptr, bias_ptr, which, known)
-    y = x * rstd * weight + bias
+    y = _activate(x * rstd * weight + bias, ACTIVATION)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -364,6 +383,7 @@ def planes_backward(
     dy_ptr,
     x_ptr,
     weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     dx_ptr,
@@ -374,6 +394,7 @@ def planes_backward(
     channels,
     positions,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -396,7 +417,8 @@ def planes_backward(
         x = tl.where(inside, x, 0.0)
     xhat = x * rstd
     which = (row % groups) * channels + channel
-    weight, _ = _parameters(weight_ptr, None, which, known)
+    weight, bias = _parameters(weight_ptr, bias_ptr, which, known)
+    dy = _through(dy, xhat * weight + bias, ACTIVATION)
     if dweight_ptr is not None:
         of = row.to(tl.int64) * channels + channel
         share = tl.sum(dy * xhat, 2, keep_dims=True)
@@ -412,7 +434,7 @@ def planes_backward(
         tl.store(dx_ptr + at, dx, mask=inside)
 
 
-# What rows share
+# What the rows share, and the channels below
 
 
 @triton.jit
@@ -445,6 +467,36 @@ def _parameters(weight_ptr, bias_ptr, at, mask):
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return weight, bias
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    """The activation of z; z itself where there is none."""
+    y = z
+    if ACTIVATION == "relu":
+        y = tl.where(z <= 0.0, 0.0, z)  # not the maximum, which drops NaN
+    if ACTIVATION == "silu":
+        y = z * _sigmoid(z)
+    return y
+
+
+@triton.jit
+def _through(dy, z, ACTIVATION: tl.constexpr):
+    """The gradient with respect to z, given that of its activation."""
+    dz = dy
+    if ACTIVATION == "relu":
+        dz = tl.where(z <= 0.0, 0.0, dy)
+    if ACTIVATION == "silu":
+        sigmoid = _sigmoid(z)
+        dz = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return dz
+
+
+@triton.jit
+def _sigmoid(z):
+    """``1 / (1 + exp(-z))`` by an exponential that does not overflow."""
+    small = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -644,6 +696,7 @@ def channel_affine(
     inner_stride,
     channel_stride,
     per_split,
+    ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -673,6 +726,7 @@ def channel_affine(
         )
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = (x - start - mean) * (rstd * weight) + bias
+        y = _activate(y, ACTIVATION)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -680,6 +734,8 @@ def channel_affine(
 def channel_sums(
     dy_ptr,
     x_ptr,
+    weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     dweight_ptr,
@@ -693,6 +749,7 @@ def channel_sums(
     inner_stride,
     channel_stride,
     per_split,
+    ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -705,6 +762,7 @@ def channel_sums(
     width = channels // groups
     group = instance * groups + channel // width
     rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
+    weight, bias = _parameters(weight_ptr, bias_ptr, channel, known)
     base = instance * instance_stride
     start, mean = _middle(
         x_ptr + base, mean_ptr, group, channel, known, width, channel_stride
@@ -720,11 +778,13 @@ def channel_sums(
         )
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dweight += dy * (x - start - mean)
+        xhat = (x - start - mean) * rstd
+        dy = _through(dy, xhat * weight + bias, ACTIVATION)
+        dweight += dy * xhat
         dbias += dy
     part = instance * tl.num_programs(1) + split
     at = part * channels + channel
-    total = tl.sum(dweight, 1, keep_dims=True) * rstd
+    total = tl.sum(dweight, 1, keep_dims=True)
     tl.store(dweight_ptr + at, total, mask=known)
     total = tl.sum(dbias, 1, keep_dims=True)
     tl.store(dbias_ptr + at, total, mask=known)
@@ -769,6 +829,7 @@ def channel_dx(
     dy_ptr,
     x_ptr,
     weight_ptr,
+    bias_ptr,
     mean_ptr,
     rstd_ptr,
     gxhat_ptr,
@@ -785,6 +846,7 @@ def channel_dx(
     per_split,
     size,
     CENTERED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -796,16 +858,15 @@ def channel_dx(
     width = channels // groups
     group = instance * groups + channel // width
     rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
-    weight, _ = _parameters(weight_ptr, None, channel, known)
-    slope = tl.load(gxhat_ptr + group, mask=known, other=0.0) / size
-    slope = slope * rstd * rstd
+    weight, bias = _parameters(weight_ptr, bias_ptr, channel, known)
+    gxhat = tl.load(gxhat_ptr + group, mask=known, other=0.0) / size
     base = instance * instance_stride
     start, mean = _middle(
         x_ptr + base, mean_ptr, group, channel, known, width, channel_stride
     )
-    offset = 0.0
+    g = 0.0
     if CENTERED:
-        offset = tl.load(g_ptr + group, mask=known, other=0.0) / size * rstd
+        g = tl.load(g_ptr + group, mask=known, other=0.0) / size
     base = base + channel.to(tl.int64) * channel_stride
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
@@ -816,5 +877,7 @@ def channel_dx(
         )
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx = dy * (rstd * weight) - (x - start - mean) * slope - offset
+        xhat = (x - start - mean) * rstd
+        dy = _through(dy, xhat * weight + bias, ACTIVATION)
+        dx = (dy * weight - xhat * gxhat - g) * rstd
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -115,7 +115,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
     """``weight * (x - mean) * rstd + bias`` over the view.
 
-    With a residual, of x + residual, which goes to ``extras.total``.
+    With a residual, of x + residual, which goes to ``extras.total``; with an
+    activation, the activation of it.
 
     Returns:
         y in the shape, dtype and memory format of x; mean and biased var of
@@ -151,7 +152,8 @@ def backward(
         needs: whether dx, dweight and dbias are wanted.
         over_batch: whether the statistics ran over the instances.
         centered: whether the mean was subtracted.
-        extras: with ``dtotal``, which is added to dx.
+        extras: with the activation and the bias, and ``dtotal``, which is
+            added to dx.
 
     Returns:
         dx, dweight and dbias (these in float32); None in place of what is
@@ -159,7 +161,7 @@ def backward(
     """
     family = _family(x, view, over_batch)
     dy = dy.contiguous(memory_format=fused.layout(x))
-    parameters = fused.flat(weight), None
+    parameters = fused.flat(weight), fused.flat(extras.bias)
     extras = _alike(x, extras)
     call = _Call(x, view, *parameters, centered, over_batch, extras)
     dx = torch.empty_like(x) if needs[0] else None
@@ -170,13 +172,13 @@ def backward(
 
 
 def _alike(x: Tensor, extras: Extras) -> Extras:
-    """The same, in memory as x is."""
+    """The same, what has the shape of x in memory as x is."""
     form = fused.layout(x)
+    given = {"residual": extras.residual, "dtotal": extras.dtotal}
     return extras._replace(
         **{
-            name: t.contiguous(memory_format=form)
-            for name, t in extras._asdict().items()
-            if isinstance(t, Tensor)
+            name: None if t is None else t.contiguous(memory_format=form)
+            for name, t in given.items()
         }
     )
 
@@ -236,6 +238,7 @@ def _trailing_forward(call, eps):
         *(call.x, call.extras.residual, call.weight, call.bias),
         *(call.extras.total, y, mean, rstd, n, k, eps),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(rows * block),
@@ -251,9 +254,10 @@ def _trailing_backward(call, dy, kept, dx, needs):
     _launch(
         _kernels().trailing_backward,
         (programs,),
-        *(dy, call.x, call.weight, *kept),
+        *(dy, call.x, call.weight, call.bias, *kept),
         *(call.extras.dtotal, dx, *parts, n, k),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(2 * rows * block),
@@ -271,6 +275,7 @@ def _long_forward(call, eps):
         *(call.x, call.extras.residual, call.weight, call.bias),
         *(call.extras.total, y, mean, rstd, k, eps),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         BLOCK=LONG_BLOCK,
         num_warps=_warps(LONG_BLOCK),
     )
@@ -283,8 +288,10 @@ def _long_backward(call, dy, kept, dx, needs):
         _launch(
             _kernels().long_backward,
             (n,),
-            *(dy, call.x, call.weight, *kept, call.extras.dtotal, dx, k),
+            *(dy, call.x, call.weight, call.bias, *kept),
+            *(call.extras.dtotal, dx, k),
             CENTERED=call.centered,
+            ACTIVATION=call.extras.activation,
             BLOCK=LONG_BLOCK,
             num_warps=_warps(LONG_BLOCK),
         )
@@ -298,8 +305,9 @@ def _long_backward(call, dy, kept, dx, needs):
     _launch(
         _kernels().long_sums,
         (across, splits),
-        *(dy, call.x, *kept, *parts, n, k),
+        *(dy, call.x, call.weight, call.bias, *kept, *parts, n, k),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(rows * block),
@@ -327,6 +335,7 @@ def _planes_forward(call, eps):
         *(call.x, call.weight, call.bias, y, mean, rstd),
         *(n * g, g, k, m, eps),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         ROWS=rows,
         CHANNELS=channels,
         POSITIONS=positions,
@@ -343,8 +352,10 @@ def _planes_backward(call, dy, kept, dx, needs):
     _launch(
         _kernels().planes_backward,
         (_cdiv(n * g, rows),),
-        *(dy, call.x, call.weight, *kept, dx, *parts, n * g, g, k, m),
+        *(dy, call.x, call.weight, call.bias, *kept, dx, *parts),
+        *(n * g, g, k, m),
         CENTERED=call.centered,
+        ACTIVATION=call.extras.activation,
         ROWS=rows,
         CHANNELS=channels,
         POSITIONS=positions,
@@ -451,6 +462,7 @@ def _channels_forward(call, eps):
         kernels.channel_affine,
         walk.grid,
         *(x, call.weight, call.bias, shifted, rstd, y, *walk.where),
+        ACTIVATION=call.extras.activation,
         **walk.tile,
     )
     told = (whole, var) if call.over_batch else (None, None)
@@ -465,7 +477,8 @@ def _channels_backward(call, dy, kept, dx, needs):
     _launch(
         kernels.channel_sums,
         walk.grid,
-        *(dy, call.x, *kept, *parts, *walk.where),
+        *(dy, call.x, call.weight, call.bias, *kept, *parts, *walk.where),
+        ACTIVATION=call.extras.activation,
         **walk.tile,
     )
     if dx is not None:
@@ -481,9 +494,10 @@ def _channels_backward(call, dy, kept, dx, needs):
         _launch(
             kernels.channel_dx,
             walk.grid,
-            *(dy, call.x, call.weight, *kept, gxhat, g, dx),
+            *(dy, call.x, call.weight, call.bias, *kept, gxhat, g, dx),
             *(*walk.where, call.view.count(call.over_batch)),
             CENTERED=call.centered,
+            ACTIVATION=call.extras.activation,
             **walk.tile,
         )
     return _added(call, *parts) if any(needs[1:]) else (None, None)
