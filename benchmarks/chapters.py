@@ -108,7 +108,7 @@ def table(record):
 
 
 def main():
-    """Run all chapters, write the record and show it."""
+    """Run all chapters; where none fails, write the record and show it."""
     parser = options(__doc__)
     parser.add_argument("--echo", action="store_true", help="show prints")
     told = asked(parser)
@@ -116,12 +116,15 @@ def main():
     testing.use_devices(*dict.fromkeys(("cpu", told.device)))
     about = provenance("benchmarks.chapters", told.device, told.commit)
     record = {"provenance": about, "chapters": {}}
+    failed = []
     for path in chapters():
         print(f"normlib: running {path.name}", flush=True)
         try:
             record["chapters"][path.stem] = run(path, told.echo)
         except ChapterError as error:
-            sys.exit(f"normlib: {error}")
+            failed.append(f"normlib: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
     written = record_in(told.out, record)
     print(table(record))
     print(f"normlib: recorded in {written}")

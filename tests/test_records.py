@@ -49,12 +49,12 @@ def recorded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def book(tmp_path, monkeypatch):
-    """A book of one chapter, whose cells a test writes."""
+    """A book whose chapters, mostly one, a test writes."""
 
-    def write(*sources):
+    def write(*sources, name="01_one"):
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         notebook = nbformat.v4.new_notebook(cells=cells)
-        nbformat.write(notebook, tmp_path / "01_one.ipynb")
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
 
     monkeypatch.setattr(chapters, "chapters", lambda: [*tmp_path.glob("*.i*")])
     yield write
@@ -79,13 +79,16 @@ def test_a_run_leaves_a_complete_record(book, recorded, capsys):
     assert "01_one" in capsys.readouterr().out
 
 
-def test_a_cell_that_fails_is_named(book, recorded):
+def test_every_cell_that_fails_is_named(book, recorded, tmp_path):
     book("a = 1", "b = 2\na / (b - 2)")
-    with pytest.raises(
-        SystemExit,
-        match=r"01_one.ipynb, code cell 2 of 2 failed: ZeroDivisionError",
-    ):
+    book("a = 1", name="02_two")
+    book("assert 0, 'not so'", "a = 1", name="03_three")
+    with pytest.raises(SystemExit) as end:
         recorded(chapters)
+    one, three = sorted(str(end.value).splitlines())
+    assert "01_one.ipynb, code cell 2 of 2 failed: ZeroDivisionError" in one
+    assert "03_three.ipynb, code cell 1 of 2 failed: Assert" in three
+    assert not list(tmp_path.glob("**/*.json"))
 
 
 @pytest.mark.parametrize("command", [chapters, folding, reproduce, speed])
