@@ -593,23 +593,18 @@ def channel_moments(
             base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        count += inside.to(tl.float32)
         if CENTERED:
             delta = x - start - mean
             if UNIFORM:  # the lanes that are inside have all seen as many
                 share = 1.0 / (block - first + 1).to(tl.float32)
                 mean += tl.where(inside, delta * share, 0.0)
             else:
-                count += inside.to(tl.float32)
                 mean += tl.where(inside, delta / tl.maximum(count, 1.0), 0.0)
             rest = x - start - mean
             m2 += tl.where(inside, delta * rest, 0.0)
         else:
             m2 += x * x
-            count += inside.to(tl.float32)
-    if CENTERED and UNIFORM:
-        seen = (last - first).to(tl.float32)
-        inside = known & (lane < inner)
-        count += tl.where(inside, seen, 0.0)
     total = tl.sum(count, 1, keep_dims=True)
     middle = tl.sum(count * mean, 1, keep_dims=True) / tl.maximum(total, 1.0)
     apart = mean - middle
