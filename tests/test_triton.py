@@ -314,6 +314,19 @@ def test_as_a_backend_it_gives_second_derivatives(case, device):
         assert_close(a, b, tolerance=1e-4)
 
 
+@on_kernels
+def test_a_grid_has_so_many_instances(device):
+    """Of channels last: their axis of CUDA's grid ends at 65,535."""
+    for n, served in ((65_535, True), (65_536, False)):
+        x = torch.zeros(n, 2, 1, 2, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        kind = {"over_batch": False, "centered": True}
+        view = View(n, 2, 1, 2)
+        assert backend.supports(x, view, None, None, **kind) == served
+        kind["over_batch"] = True
+        assert backend.supports(x, view, None, None, **kind)
+
+
 def test_it_serves_a_gpu_only():
     if INTERPRETED or torch.cuda.is_available():
         assert "triton" in backends.available()

@@ -60,17 +60,11 @@ def supports(
 
     float32, float16 and bfloat16; weight and bias float32 or of the dtype of
     x; x contiguous or with its channels last; more than one value to a
-    statistic; a residual of the dtype of x, for rows with a weight for each
-    column; and an ordinary call, as :func:`normlib.backends.fused.plain`
-    says.
+    statistic; at most 65,535 instances whose values are spread over memory;
+    a residual of the dtype of x, for rows with a weight for each column; and
+    an ordinary call, as :func:`normlib.backends.fused.plain` says.
     """
-    given = [p for p in (weight, bias) if p is not None]
-    family = _family(x, view, over_batch)
-    residual = extras.residual
-    adds = residual is not None
-    if adds and (family not in _ROWS or residual.dtype != x.dtype):
-        return False
-    given += [residual] * adds
+    given = [p for p in (weight, bias, extras.residual) if p is not None]
     return (
         x.device.type == ("cpu" if _interpreted() else "cuda")
         and x.dtype in _DTYPES
@@ -78,9 +72,18 @@ def supports(
         and view.count(over_batch) > 1
         and all(p.dtype in (x.dtype, torch.float32) for p in given)
         and all(p.device == x.device for p in given)
-        and family is not None
+        and _serves(_family(x, view, over_batch), x, view, over_batch, extras)
         and fused.plain(x, *given)
     )
+
+
+def _serves(family, x, view, over_batch, extras) -> bool:
+    """Whether a family of kernels can do this view with these extras."""
+    if extras.residual is not None:
+        return family in _ROWS and extras.residual.dtype == x.dtype
+    # Instances are on an axis of the grid that ends there.
+    many = family is _CHANNELS and not over_batch and view.N > 65_535
+    return family is not None and not many
 
 
 def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
