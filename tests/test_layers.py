@@ -86,6 +86,31 @@ def test_the_oracle_never_sees_torch(module):
     assert not {n for n in imports(module) if n.split(".")[0] == "torch"}
 
 
+def at_the_top(path):
+    """Return the packages that a file needs to be imported at all."""
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = [n for n in tree.body if isinstance(n, ast.Import)]
+    names = {alias.name for node in nodes for alias in node.names}
+    names |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_tests_of_a_gpu_need_little_of_its_machine():
+    """No Jupyter, nothing of the book; the others are not collected there."""
+    paths = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
+    wanted = {n for n, path in paths.items() if "devices" in at_the_top(path)}
+    assert len(wanted) > 7
+    needed = set()
+    while wanted:
+        name = wanted.pop()
+        found = at_the_top(paths[name]) - needed
+        needed |= found
+        wanted |= found & set(paths)
+    there = {"torch", "numpy", "pytest", "hypothesis"}
+    ours = {"normlib", "benchmarks", *paths}
+    assert needed <= there | ours | sys.stdlib_module_names
+
+
 def test_importing_normlib_loads_numpy_torch_and_itself_only():
     code = (
         "import json, sys, torch, numpy; before = set(sys.modules); "
