@@ -141,6 +141,13 @@ def batch_norm(
         kind = {"over_batch": True, "centered": True}
         given = None if training else (running_mean, running_var)
         found = None
+        if considered and training and not formula and _free(input):
+            running = None if running_mean is None else args[:2]
+            y = backends.cpu.watched_batch_norm(
+                input, running, weight, bias, momentum, eps
+            )
+            if y is not None:
+                return activate(y, activation)
         if considered:
             wanted = running_mean is not None
             found = _normalize(
@@ -303,6 +310,10 @@ def group_norm(
     if backends.considers(input, "group_norm", weight) and _fits(
         _check_group_norm, input, *args
     ):
+        if _free(input):
+            y = backends.cpu.watched_group_norm(input, *args)
+            if y is not None:
+                return activate(y, activation)
         view = channel_view(input.shape, num_groups)
         found = _normalize(input, view, weight, bias, eps, activation)
         if found is not None:
@@ -362,6 +373,9 @@ def layer_norm(
         found = _normalize(input, view, weight, bias, eps, activation)
         if found is not None:
             return found[0]
+    if weight is None and bias is None and _free(input):
+        unit = backends.cpu.unit_weight(input, normalized_shape)
+        args = (normalized_shape, unit, None, eps)
     y = _torchs(F.layer_norm, _check_layer_norm, input, *args)
     return activate(y, activation)
 
@@ -645,6 +659,11 @@ def _add(x, residual, view, weight, bias, eps, *, centered=True):
     if backend is None:
         return None
     return backend.fuse(x, view, weight, bias, eps, extras, **kind)[:2]
+
+
+def _free(x: Tensor) -> bool:
+    """Whether torch's kernels for the CPU may be chosen from."""
+    return backends._forced is None and isinstance(x, Tensor) and x.is_cpu
 
 
 def _fits(check, *args) -> bool:

@@ -25,8 +25,8 @@ Chapter 5.
 
 import math
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,15 @@ LARGE = 2**21
 """With so many positions, or without so many values, torch's backward of
 batch norm is fast."""
 
+UNIT = 2**16
+"""With fewer values torch's layer norm gains nothing by a weight of ones."""
+
+WATCHED = 2**20
+"""With so many values a look at the statistics of torch's kernel, for what
+it has lost, takes no longer than a twentieth of the time."""
+
+HUGE = 2**23
+"""With so many values what two kernels read is best read in blocks."""
 
 FAR = 16
 """Where a mean is more than so many standard deviations from 0, what float32
@@ -116,12 +125,10 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
     if norm == "normalize":  # by a view, whichever norm that is
         return 0
     if norm == "batch_norm" and (x.dim() == 2 or not x.is_contiguous()):
-        return LARGE if x.numel() >= LARGE and _far(x) else math.inf
+        return WATCHED
     if not x.is_contiguous():
         path = _CHANNELS_LAST.get(norm)
         return math.inf if path is None else path.least
-    if norm == "layer_norm" and weight is not None:
-        return _LAYER.least
     if norm == "group_norm" and weight is not None:
         return _GROUPS.least
     return _CONTIGUOUS[norm].least
@@ -202,6 +209,120 @@ def backward(
     return path.backward(dy, x, view, fused.flat(weight), *kept, needs)
 
 
+# Torch's own kernels, with something added
+
+
+def watched_batch_norm(
+    x: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor | None:
+    """Torch's batch norm by the batch, where it keeps its digits.
+
+    For the dense and for channels last torch's kernel is as fast as any, but
+    adds in long chains of float32: at a mean of 100 standard deviations it
+    loses a hundred times more than it must.
+
+    Args:
+        x: plain, (N, C) or with its channels last.
+        running: mean and variance, which move; or None.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        momentum: of the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        y, in torch's own graph. None where a mean is too far from 0; then
+        the running statistics are as they were.
+    """
+    mine = running or (None, None)
+    dense = x.is_contiguous() and x.dim() > 2
+    if dense or not fused.plain(x, weight, bias, *mine):
+        return None
+    before = [r.clone() for r in running or ()]
+    y, mean, rstd = torch.native_batch_norm(
+        x, weight, bias, *mine, True, momentum, eps
+    )
+    if _modest(mean, rstd, 10):
+        return y
+    for r, old in zip(mine, before, strict=False):
+        r.data.copy_(old)
+    return None
+
+
+def watched_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor | None:
+    """Torch's group norm of channels last, where it keeps its digits.
+
+    It takes E[x^2] - E[x]^2 in float32.
+
+    Args:
+        x: plain, (N, C, ...).
+        num_groups: G, a divisor of C.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        eps: added to the variance.
+
+    Returns:
+        y, in torch's own graph. None where a mean is too far from 0, where x
+        is contiguous, and where the backward would be slow (two channels to
+        a group) or wrong (of weight and bias alone, in torch 2.13).
+    """
+    n, c = x.shape[:2]
+    if x.is_contiguous() or c == num_groups:
+        return None
+    if x.dtype not in _DTYPES or not fused.plain(x, weight, bias):
+        return None
+    learned = [p for p in (weight, bias) if p is not None and p.requires_grad]
+    graph = torch.is_grad_enabled() and bool(learned or x.requires_grad)
+    if graph and (c == 2 * num_groups or not x.requires_grad):
+        return None
+    y, mean, rstd = torch.native_group_norm(
+        x, weight, bias, n, c, x.numel() // (n * c), num_groups, eps
+    )
+    return y if _modest(mean, rstd, 1) else None
+
+
+def unit_weight(x: Tensor, normalized_shape: Sequence[int]) -> Tensor | None:
+    """A weight of ones, where torch's layer norm is faster with one.
+
+    That is so in float32, by up to a half.
+
+    Args:
+        x: the input.
+        normalized_shape: the axes at its end.
+
+    Returns:
+        Ones, not to be written to; or None.
+    """
+    size = tuple(normalized_shape)
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in fused.TENSORS
+        or x.numel() < UNIT
+        or x.dtype is not torch.float32
+        or not x.is_cpu
+        or tuple(x.shape[-len(size) :]) != size
+        or not fused.plain(x)
+    ):
+        return None
+    return _ones(size)
+
+
+@lru_cache(maxsize=32)
+def _ones(size):
+    with torch.inference_mode(False):
+        return torch.ones(size, device="cpu", dtype=torch.float32)
+
+
 def _path(x, view, weight, bias, over_batch, centered) -> _Path | None:
     contiguous = x.is_contiguous()
     if not contiguous and fused.layout(x) is None:
@@ -235,10 +356,8 @@ def _few(view):
 
 def _planes_forward(x, view, weight, bias, eps):
     mean, var = _planes_moments(x, view)
-    if not _near(mean, var, FAR):
-        mean, var = _torch_moments(x)
-    rstd = (var + eps).rsqrt().to(x.dtype)
-    mean, var = mean.to(x.dtype), var.to(x.dtype)
+    rstd = (var + eps).rsqrt_()
+    mean, var, rstd = torch.stack((mean, var, rstd)).to(x.dtype)
     y, _, _ = torch.native_batch_norm(
         x, weight, bias, mean, var, False, 0.0, eps
     )
@@ -249,14 +368,27 @@ def _planes_moments(x, view):
     """The mean and the biased variance of each channel, in float64."""
     n, c, _, m = view
     length = _part(m, CHAIN)
-    rows = x.view(n, c, m // length, length)
-    mean = rows.sum(3).sum((0, 2), dtype=torch.float64) / (n * m)
-    norm = torch.linalg.vector_norm(rows, 2, 3).double()
-    var = norm.square_().sum((0, 2)) / (n * m) - mean.square()
-    # A mean away from 0 has eaten the digits of the difference.
-    if length <= CHAIN and _near(mean, var, 3):
-        return mean, var
-    return _merged(*_row_moments(x.view(n, c, m)), 0)
+    if length <= CHAIN:
+        found = _row_sums(x.view(-1, length)).double().view(2, n, c, -1)
+        found[1].square_()
+        mean, square = found.sum((1, 3)).div_(n * m)
+        var = torch.addcmul(square, mean, mean, value=-1)
+        # A mean away from 0 has eaten the digits of the difference.
+        if _near(mean, var, 3):
+            return mean, var
+    mean, var = _merged(*_row_moments(x.view(n, c, m)), 0)
+    return (mean, var) if _near(mean, var, FAR) else _torch_moments(x)
+
+
+def _row_sums(rows):
+    """The sum of each row and its Euclidean norm, (2, rows)."""
+    sums = rows.new_empty(2, len(rows))
+    step = _step(rows) if rows.numel() >= HUGE else len(rows)
+    parts = (t.split(step) for t in (rows, *sums))
+    for part, total, norm in zip(*parts, strict=True):
+        torch.sum(part, 1, out=total)
+        torch.linalg.vector_norm(part, 2, 1, out=norm)
+    return sums
 
 
 def _row_moments(x):
@@ -302,39 +434,20 @@ def _columns(x, view, over_batch):
     return x.view(1, n, g * k * m)
 
 
-def _torch_is_fast(x, view, over_batch):
-    """Whether torch has a fast kernel for these columns.
-
-    It loses digits where the mean is away from 0, so it is only asked then.
-    """
-    if over_batch:
-        return view.M == 1 or not x.is_contiguous()
-    return view.K > 1
+def _torch_is_fast(x, view):
+    """Whether torch's batch norm has a fast kernel for these columns."""
+    return view.M == 1 or not x.is_contiguous()
 
 
 def _columns_forward(x, view, weight, bias, eps, *, over_batch):
-    if _torch_is_fast(x, view, over_batch):
-        found = _torch_forward(x, view, weight, bias, eps, over_batch)
-        if found is not None:
-            return found
-    return _exact_forward(x, view, weight, bias, eps, over_batch)
-
-
-def _torch_forward(x, view, weight, bias, eps, over_batch):
-    if not over_batch:
+    if view.K == 2:  # torch's forward is fast, its backward is not
         n, g, k, m = view
         y, mean, rstd = torch.native_group_norm(
             x, weight, bias, n, g * k, m, g, eps
         )
-        near = _near(mean, rstd.pow(-2), 1)
-        return (y, mean, None, rstd) if near else None
-    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    if not _near(mean, var, 1):
-        return None
-    y, _, _ = torch.native_batch_norm(
-        x, weight, bias, mean, var, False, 0.0, eps
-    )
-    return y, mean, var, (var + eps).rsqrt_()
+        if _modest(mean, rstd, 1):
+            return y, mean, None, rstd
+    return _exact_forward(x, view, weight, bias, eps, over_batch)
 
 
 def _exact_forward(x, view, weight, bias, eps, over_batch):
@@ -367,9 +480,9 @@ def _exact_forward(x, view, weight, bias, eps, over_batch):
 
 
 def _columns_backward(dy, x, view, weight, mean, rstd, needs, *, over_batch):
-    fast = _torch_is_fast(x, view, over_batch) and (over_batch or view.K > 2)
+    fast = _torch_is_fast(x, view) and (over_batch or view.K > 2)
     whole = x.is_contiguous() and view.M % 16 == 0  # vectors of positions
-    if whole or (fast and _near(mean, rstd.pow(-2), 1)):
+    if whole or (fast and _modest(mean, rstd, 1)):
         back = _torch_batch_backward if over_batch else _torch_group_backward
     else:
         back = partial(_exact_backward, over_batch=over_batch)
@@ -627,15 +740,22 @@ def _line(view, weight, mean, rstd, dweight, dbias, count):
     dtype = rstd.dtype
     weight = rstd.new_ones(g * k) if weight is None else weight
     weight = weight.double().view(g, k)
-    mean, rstd = (p.double().view(-1, g, 1) for p in (mean, rstd))
-    gxhat, gmean = (
-        (s.view(-1, g, k) * weight).sum(2, keepdim=True) / count
-        for s in (dweight, dbias)
+    mean, rstd, gxhat, gmean = (
+        p.double().view(-1, g, p.shape[-1] // g)
+        for p in (mean, rstd, dweight, dbias)
     )
-    scale = (rstd * weight).to(dtype)
-    slope = (-rstd.square() * gxhat).to(dtype)
-    offset = (-mean * slope - rstd * gmean).to(dtype)
-    return [p.expand(scale.shape) for p in (scale, slope, offset)]
+    scale = rstd * weight
+    if k == 1:
+        gxhat, gmean = gxhat * scale, gmean * scale
+    else:
+        gxhat, gmean = (
+            (s * weight).sum(2, keepdim=True).mul_(rstd)
+            for s in (gxhat, gmean)
+        )
+    slope = (gxhat * rstd).div_(-count)
+    offset = torch.addcmul(gmean.div_(-count), mean, slope, value=-1)
+    line = (scale, slope, offset)
+    return [p.to(dtype).expand(scale.shape) for p in line]
 
 
 def _combine(dx, dy, x, scale, slope, offset):
@@ -653,29 +773,16 @@ def _step(x, size=None):
     return max(1, BLOCK * torch.get_num_threads() // size)
 
 
-def _far(x):
-    """Whether a channel's mean is many standard deviations from 0.
-
-    By a look at a few values, of the dense and of channels last: there
-    torch's kernel of batch norm adds float32 in long chains, and at a mean of
-    100 standard deviations loses a hundred times more than it must.
-    """
-    if not fused.plain(x):
-        return False
-    x = x.detach()
-    if x.dim() == 2:
-        sample, axis = x[:8], 0
-    else:  # a row of pixels of the first image
-        sample, axis = x[(0, slice(None), *[0] * (x.dim() - 3))], 1
-    if sample.shape[axis] < 4:
-        return False
-    std, mean = torch.std_mean(sample, axis, correction=0)
-    return bool(mean.abs_().gt(std.mul_(10)).any())
-
-
 def _near(mean, var, limit):
     """Whether no mean is that many standard deviations from 0; NaN is not."""
-    return bool((mean.square() <= limit**2 * var).all())
+    rest = torch.addcmul(var, mean, mean, value=-(limit**-2))
+    return rest.min().item() >= 0.0
+
+
+def _modest(mean, rstd, limit):
+    """The same, by the inverse of the standard deviation."""
+    low, high = torch.aminmax(mean * rstd)
+    return low.item() >= -limit and high.item() <= limit
 
 
 def _merged(mean, var, axes):
@@ -707,8 +814,8 @@ _BATCH_COLUMNS = _Path(
     partial(_columns_forward, over_batch=True),
     partial(_columns_backward, over_batch=True),
     2**19,
-    # Torch's kernel is fast for some; what is far from 0 it gets wrong.
-    lambda x, view: _torch_is_fast(x, view, True) or view.N >= 32,
+    # What torch's kernel is fast for comes here where it loses digits.
+    lambda x, view: _torch_is_fast(x, view) or view.N >= 32,
 )
 _COLUMNS = _Path(
     partial(_columns_forward, over_batch=False),
@@ -733,7 +840,7 @@ _CONTIGUOUS = {
     "batch_norm": _PLANES,
     "instance_norm": _ROWS,
     "group_norm": _ROWS,
-    "layer_norm": _ROWS,
+    "layer_norm": _LAYER,
     "rms_norm": _RMS,
 }
 _CHANNELS_LAST = {
