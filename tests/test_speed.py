@@ -159,14 +159,116 @@ def test_a_gpu_is_judged_by_its_memory_and_by_the_best_of_the_others():
     assert not small["met"]
 
 
-def test_the_compiled_formula_is_the_layer(monkeypatch):
+GROUP = speed.Row("GroupNorm", (2, 6, 4, 4), "", speed.groups(3))
+FUSED = [
+    GROUP._replace(beside="relu"),
+    GROUP._replace(beside="silu"),
+    speed.Row("LayerNorm", (3, 8), "", beside="add"),
+    speed.Row("RMSNorm", (3, 8), "", beside="add"),
+]
+by_title = {"ids": lambda row: row.title}
+
+
+@pytest.mark.parametrize("row", [GROUP, *FUSED], **by_title)
+def test_the_compiled_formula_is_the_layer(row, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
-    row = speed.Row("GroupNorm", (2, 6, 4, 4), "", speed.groups(3))
     x, dy = speed.data(row, torch.float32, "cpu")
     ours = speed.Compiled(row, x, dy).both()
     theirs = speed.Call(row, torch.nn, x, dy).both()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("row", FUSED, **by_title)
+def test_what_is_fused_is_validated_against_numpy(row):
+    x, dy = speed.data(row, torch.float64, "cpu")
+    for library in (torch.nn, speed.normlib):
+        call = speed.Call(row, library, x, dy)
+        exact = speed.exactly(row, call)
+        for got, wanted in zip(call.both(), exact, strict=False):
+            assert speed.error(got, wanted) < 1e-12
+    assert row.passes(True) == {"add": 8}.get(row.beside, 5)
+
+
+def test_the_validation_keeps_off_a_kink():
+    row = GROUP._replace(beside="relu")
+    x, dy = speed.data(row, torch.float32, "cpu")
+    kept = speed.off_the_kink(row, x, dy)
+    z = speed.Call(GROUP, torch.nn, x, dy).forward()
+    assert torch.equal(kept == 0, z.abs() < 0.05)
+    assert 0 < (kept == 0).sum() < 20
+    assert speed.off_the_kink(GROUP, x, dy) is dy
+
+
+class FakeLiger:
+    """Liger-Kernel's functions with the arguments that 0.8 has."""
+
+    @staticmethod
+    def liger_layer_norm(X, W, B, eps):
+        return torch.nn.functional.layer_norm(X, W.shape, W, B, eps)
+
+    @staticmethod
+    def liger_rms_norm(
+        X, W, eps, offset=0.0, casting_mode="llama", in_place=True
+    ):
+        assert not in_place  # dY would be another's
+        return torch.nn.functional.rms_norm(X, W.shape, W, eps)
+
+    @staticmethod
+    def liger_fused_add_rms_norm(
+        X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True
+    ):
+        assert not in_place
+        return torch.nn.functional.rms_norm(X + R, W.shape, W, eps), X + R
+
+    @staticmethod
+    def liger_group_norm(X, W, B, num_channels, num_groups, eps):
+        assert num_channels == X.shape[1]
+        return torch.nn.functional.group_norm(X, num_groups, W, B, eps)
+
+
+def test_liger_is_given_what_its_functions_take(monkeypatch):
+    monkeypatch.setattr(speed, "liger", lambda: FakeLiger)
+    served = [row for row in speed.GPU_ROWS if speed.Liger.serves_row(row)]
+    assert {row.name for row in served} == {
+        *("LayerNorm", "RMSNorm", "AddRMSNorm", "GroupNorm")
+    }
+    for row in served:
+        x, dy = speed.data(row, torch.float32, "cpu", limit=2**10)
+        ours = speed.Liger(row, x, dy).both()
+        theirs = speed.Call(row, torch.nn, x, dy).both()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    for row in speed.GPU_ROWS:
+        if row.last or row.beside == "silu" or row.options == speed.PLAIN:
+            assert not speed.Liger.serves_row(row)
+
+
+def test_without_liger_a_line_says_so_and_nothing_ends(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    speed.liger.cache_clear()
+    assert speed.liger() is None
+    assert not speed.Liger.serves_row(GROUP)
+    assert "without Liger-Kernel" in capsys.readouterr().out
+    speed.liger.cache_clear()
+
+
+def test_what_fails_of_another_project_is_left_out(capsys):
+    def fails(*args):
+        raise RuntimeError("out of shared memory")
+
+    x, dy = speed.data(GROUP, torch.float32, "cpu")
+    assert speed.tried("liger", fails, GROUP, x, dy) == {}
+    told = capsys.readouterr().out
+    assert "GroupNorm 3 2x6x4x4 not by liger: out of shared memory" in told
+
+
+def test_normlib_is_judged_beside_the_best_of_all():
+    each = line("LayerNorm", 1.0, 1.5, elements=2**24)
+    each["results"]["liger"] = {"ms": [0.5] * 3, "ratio": 3.0}
+    assert speed.lead(each) == pytest.approx(0.5)
+    del each["results"]["liger"]
+    assert speed.lead(each) == pytest.approx(1.5)
 
 
 def test_samples_are_taken_in_rounds_of_changing_order():
