@@ -317,7 +317,6 @@ NO_AFFINE = {"elementwise_affine": False}
 LARGE = {
     "BatchNorm2d": Twin("BatchNorm2d", (32,), (8, 32, 64, 64)),
     "InstanceNorm2d": Twin("InstanceNorm2d", (32,), (8, 32, 64, 64), FULL),
-    "LayerNorm": Twin("LayerNorm", (512,), (4, 512, 512), NO_AFFINE),
     "RMSNorm": Twin("RMSNorm", (512,), (4, 512, 512)),
 }
 """A million values, where the fast paths pay by a wide margin."""

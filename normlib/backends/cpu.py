@@ -51,7 +51,7 @@ grows with the length: torch's vector norm adds in a few long chains."""
 CHAIN_OF_COLUMNS = 2**8
 """The same of sums over columns, each of which is a single chain."""
 
-MANY = 2**10
+MANY = 2**7
 LARGE = 2**21
 """With so many positions, or without so many values, torch's backward of
 batch norm is fast."""
@@ -239,8 +239,7 @@ def watched_batch_norm(
         the running statistics are as they were.
     """
     mine = running or (None, None)
-    dense = x.is_contiguous() and x.dim() > 2
-    if dense or not fused.plain(x, weight, bias, *mine):
+    if not _watched(x, weight, bias, *mine):
         return None
     before = [r.clone() for r in running or ()]
     y, mean, rstd = torch.native_batch_norm(
@@ -277,9 +276,9 @@ def watched_group_norm(
         a group) or wrong (of weight and bias alone, in torch 2.13).
     """
     n, c = x.shape[:2]
-    if x.is_contiguous() or c == num_groups:
+    if c == num_groups or x.is_contiguous():
         return None
-    if x.dtype not in _DTYPES or not fused.plain(x, weight, bias):
+    if not _watched(x, weight, bias):
         return None
     learned = [p for p in (weight, bias) if p is not None and p.requires_grad]
     graph = torch.is_grad_enabled() and bool(learned or x.requires_grad)
@@ -289,6 +288,17 @@ def watched_group_norm(
         x, weight, bias, n, c, x.numel() // (n * c), num_groups, eps
     )
     return y if _modest(mean, rstd, 1) else None
+
+
+def _watched(x, *others):
+    """Whether torch adds in long chains here, and it is worth a look."""
+    return (
+        x.numel() >= WATCHED
+        and x.dtype in _DTYPES
+        and (x.dim() == 2 or not x.is_contiguous())
+        and fused.layout(x) is not None
+        and fused.plain(x, *others)
+    )
 
 
 def unit_weight(x: Tensor, normalized_shape: Sequence[int]) -> Tensor | None:

@@ -197,8 +197,10 @@ def settle(x: Tensor) -> Tensor:
 
     As torch's own norms do, so that the output's layout is theirs too.
     """
-    channels_last = x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
-    return x if channels_last or x.is_contiguous() else x.contiguous()
+    if x.is_contiguous():
+        return x
+    last = x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
+    return x if last else x.contiguous()
 
 
 def restore(y: Tensor, x: Tensor) -> Tensor:
