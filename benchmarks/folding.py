@@ -5,7 +5,6 @@ needs torch and numpy, and takes about two minutes. Outputs are compared first.
 The protocol is in benchmarks/README.md.
 """
 
-import os
 import statistics
 from typing import NamedTuple
 
@@ -143,10 +142,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a trial")
     told = asked(parser)
     device = told.device
-    if device == "cpu":
-        speed.pin("benchmarks.folding")
-    else:
-        speed.FLUSH[:] = [torch.empty(2**28, dtype=torch.int8, device=device)]
+    speed.ready(device, "benchmarks.folding")
     rows = QUICK if told.quick else NETWORKS
     budget = 0.0 if told.quick else 10.0
     about = provenance("benchmarks.folding", device, told.commit)
@@ -160,7 +156,7 @@ def main():
             print(shown(line), flush=True)
     record = {
         "provenance": about,
-        "allocator": {name: os.environ.get(name) for name in speed.PINNED},
+        "allocator": speed.allocator(),
         "folding": lines,
     }
     written = record_in(told.out, record)

@@ -5,13 +5,10 @@ torch and numpy, and takes some minutes. The protocol is in
 benchmarks/README.md.
 """
 
-import argparse
 import contextlib
 import functools
-import json
 import math
 import os
-import pathlib
 import random
 import statistics
 import sys
@@ -31,7 +28,12 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 import normlib  # noqa: E402
-from benchmarks.provenance import RECORDS, name_of, provenance  # noqa: E402
+from benchmarks.provenance import (  # noqa: E402
+    asked,
+    options,
+    provenance,
+    record_in,
+)
 from normlib import axes, backends, reference  # noqa: E402
 
 MILLION = 2**20
@@ -857,7 +859,15 @@ def verdict(told):
     )
 
 
-def pin(command="benchmarks.speed"):
+def ready(device, command="benchmarks.speed"):
+    """Hold what empties a GPU's cache; on the CPU pin the allocator."""
+    if device == "cuda":
+        FLUSH[:] = [torch.empty(2**30, dtype=torch.int8, device=device)]
+    else:
+        pin(command)
+
+
+def pin(command):
     """Start again with the allocator pinned, unless it is."""
     if any(os.environ.get(name) != value for name, value in PINNED.items()):
         os.environ.update(PINNED)
@@ -865,38 +875,34 @@ def pin(command="benchmarks.speed"):
         os.execv(sys.executable, again)
 
 
+def allocator():
+    """Return the settings of the allocator."""
+    return {name: os.environ.get(name) for name in PINNED}
+
+
 def main():
     """Validate, time, judge; write the record and show it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
-    parser.add_argument("--out", type=pathlib.Path, default=RECORDS)
-    parser.add_argument("--commit", help="where the files have no git")
+    parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="a trial")
     parser.add_argument("--only", default="", help="titles that contain it")
-    options = parser.parse_args()
-    device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("normlib: no CUDA device here")
-    if device == "cpu":
-        pin()
-    else:
-        FLUSH[:] = [torch.empty(2**30, dtype=torch.int8, device=device)]
+    told = asked(parser)
+    device = told.device
+    ready(device)
     rows = GPU_ROWS if device == "cuda" else ROWS
-    rows = QUICK if options.quick else rows
-    rows = [row for row in rows if options.only in row.title]
+    rows = QUICK if told.quick else rows
+    rows = [row for row in rows if told.only in row.title]
     dtypes = [torch.float32, torch.bfloat16]
     dtypes += [torch.float16] if device == "cuda" else []
-    about = provenance("benchmarks.speed", device, options.commit)
-    copy = copy_speed(device, 2**16 if options.quick else 2**26)
-    budget = {"cpu": 1.0, "cuda": 0.6}[device] * (not options.quick)
+    about = provenance("benchmarks.speed", device, told.commit)
+    copy = copy_speed(device, 2**16 if told.quick else 2**26)
+    budget = {"cpu": 1.0, "cuda": 0.6}[device] * (not told.quick)
     checks, lines = [], []
     for dtype in dtypes:
         print(f"normlib: validating {short(dtype)}", flush=True)
         for row in rows:
             about_row = {"title": row.title, "dtype": short(dtype)}
-            for told in validate(row, dtype, device):
-                checks.append({**about_row, **told})
+            for check in validate(row, dtype, device):
+                checks.append({**about_row, **check})
     print(f"normlib: a copy moves {copy / 1e9:.1f} GB/s\n{HEAD}", flush=True)
     for row in rows:
         for dtype in dtypes:
@@ -906,15 +912,13 @@ def main():
             torch.compiler.reset()
     record = {
         "provenance": about,
-        "allocator": {name: os.environ.get(name) for name in PINNED},
+        "allocator": allocator(),
         "copy_gbs": round(copy / 1e9, 2),
         "goals": judge(lines, checks, device),
         "speed": lines,
         "checks": checks,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / name_of(about)
-    written.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    written = record_in(told.out, record)
     print("\n".join(map(verdict, record["goals"])))
     print(f"normlib: recorded in {written}")
 

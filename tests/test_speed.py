@@ -299,7 +299,7 @@ def test_the_allocator_is_pinned_once(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed", "--quick"])
     for name in speed.PINNED:
         monkeypatch.setenv(name, "")
-    speed.pin()
+    speed.ready("cpu")
     assert started[0][1:] == ["-m", "benchmarks.speed", "--quick"]
-    speed.pin()
+    speed.ready("cpu")
     assert len(started) == 1
