@@ -279,6 +279,31 @@ def test_derivatives_of_add_and_norm_by_finite_differences(kernels, name):
         assert torch.autograd.gradgradcheck(f, leaves)
 
 
+def twice(outputs, leaves, upstream):
+    """Outputs, gradients, and the gradients of these gradients' size."""
+    first = torch.autograd.grad(outputs, leaves, upstream, create_graph=True)
+    size = sum(g.square().sum() for g in first)
+    second = torch.autograd.grad(size, leaves, materialize_grads=True)
+    return [*outputs, *first, *second]
+
+
+@NAMES
+def test_second_derivatives_of_add_and_norm_are_the_compositions(
+    kernels, name
+):
+    """(The check by finite differences believes the first ones.)"""
+    *given, dy, dtotal = rows((4, 9))
+    given = given[: 4 if name == "layer" else 3]
+    results = []
+    for function in (added, composed):
+        leaves = learning(*given)
+        x, residual, *parameters = (*leaves, None)[:4]
+        both = function(name, x, residual, (9,), *parameters)
+        results.append(twice(both, leaves, [dy, dtotal]))
+    assert_close(*results)
+    assert kernels.seen == ["extras", "forward"]
+
+
 def test_a_residual_stream_of_many_layers(kernels):
     """Both outputs go on, so that every gradient comes by two ways."""
     x, residual, weight, bias, dy, _ = rows((4, 9))
@@ -689,6 +714,24 @@ def test_derivatives_through_an_activation_by_finite_differences(
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
     assert set(kernels.seen) == {"extras", "forward", "backward"}
+
+
+@BOTH
+def test_second_derivatives_through_an_activation_are_the_compositions(
+    kernels, case, activation
+):
+    *given, dy = (p for p in draw(case, seed=3) if p is not None)
+    results = []
+    for library, act in (
+        (activated(activation), lambda y: y),
+        (F, eager.ACTIVATIONS[activation]),
+    ):
+        leaves = learning(*given)
+        x, weight, bias = (*leaves, None)[:3]
+        y = act(case.of(library, x, weight, bias, 1e-3))
+        results.append(twice([y], leaves, [dy]))
+    assert_close(*results)
+    assert kernels.seen == ["extras", "forward"]
 
 
 @BOTH
