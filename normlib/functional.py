@@ -328,6 +328,7 @@ def group_norm(
         _check_group_norm,
         input.contiguous() if lossy else input,
         *args,
+        view=channel_view,
     )
     y = y.contiguous(memory_format=last) if lossy else y
     return activate(y, activation)
@@ -376,7 +377,9 @@ def layer_norm(
     if weight is None and bias is None and _free(input):
         unit = backends.cpu.unit_weight(input, normalized_shape)
         args = (normalized_shape, unit, None, eps)
-    y = _torchs(F.layer_norm, _check_layer_norm, input, *args)
+    y = _torchs(
+        *(F.layer_norm, _check_layer_norm, input, *args), view=trailing_view
+    )
     return activate(y, activation)
 
 
@@ -681,11 +684,12 @@ def _fits(check, *args) -> bool:
     return True
 
 
-def _torchs(function, check, *args):
+def _torchs(function, check, *args, view=None):
     """Call torch's kernel; where it refuses, say why in our own words.
 
     But only by an error of the same type: what breaks two rules at once is
-    refused by torch's choice of them.
+    refused by torch's choice of them. With a ``view``, what torch has no
+    kernel for is done by the formula.
     """
     try:
         return function(*args)
@@ -696,7 +700,27 @@ def _torchs(function, check, *args):
             raise
         except Exception:  # another rule is broken too, or not torch's
             pass
+        else:
+            if view is not None and _mixed(error, *args):
+                return _by_formula(view, *args)
         raise
+
+
+def _mixed(error, x, sizes, weight, bias, eps) -> bool:
+    """Whether torch may have refused float32 parameters of a 16-bit input.
+
+    On CUDA its layer and group norm do; on the CPU they take them.
+    """
+    wide = any(
+        p is not None and p.dtype == torch.float32 for p in (weight, bias)
+    )
+    return type(error) is RuntimeError and x.dtype in HALF and wide
+
+
+def _by_formula(view, x, sizes, weight, bias, eps):
+    kind = {"over_batch": False, "centered": True}
+    call = (x, view(x.shape, sizes), weight, bias, eps)
+    return backends.eager.normalize(*call, **kind)[0]
 
 
 def _misread(x: Tensor) -> bool:
@@ -716,6 +740,7 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
     if (
         torch.compiler.is_compiling()
         or not isinstance(x, Tensor)
+        or not x.is_cpu
         or x.is_contiguous()
         or not fused.plain(x)
     ):

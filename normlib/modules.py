@@ -490,7 +490,8 @@ class GroupNorm(Module):
             input: (N, C) or (N, C, ...).
 
         Returns:
-            y in the shape, dtype and memory format of the input.
+            y in the shape and dtype of the input, and on a CPU in its memory
+            format (torch's kernel for CUDA has one of its own).
         """
         return self._forward(input)
 

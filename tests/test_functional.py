@@ -419,3 +419,32 @@ def test_every_default_eps_is_torchs():
         assert_close(ours, expected)
     view = channel_view(x.shape)
     assert_close(functional.normalize(x, view)[0], F.instance_norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("norm", "size"), [("layer_norm", (4, 5)), ("group_norm", 2)]
+)
+def test_where_torch_refuses_float32_parameters_the_formula_serves(
+    norm, size, dtype, monkeypatch
+):
+    """Its kernels for CUDA do; of other refusals nothing is made up."""
+    x = torch.randn(3, 4, 5).to(dtype)
+    shape = size if norm == "layer_norm" else (4,)
+    weight, bias = torch.randn(2, *shape)
+    expected = getattr(F, norm)(x, size, weight, bias)
+
+    def refuses(*args):
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    monkeypatch.setattr(F, norm, refuses)
+    ours = getattr(functional, norm)
+    y = ours(x, size, weight, bias)
+    assert y.dtype == dtype
+    assert_close(y, expected)
+    for call in (
+        (x, size, weight.to(dtype), bias.to(dtype)),
+        (x.float(), size, weight, bias),
+    ):
+        with pytest.raises(RuntimeError, match="found Float"):
+            ours(*call)
