@@ -304,6 +304,41 @@ def test_second_derivatives_of_add_and_norm_are_the_compositions(
     assert kernels.seen == ["extras", "forward"]
 
 
+@NAMES
+def test_the_norm_is_of_the_sum_as_it_is_stored(backend, name):
+    """Beyond 1,024 a float16 is a whole number: 0.4 more is nothing."""
+    g = torch.Generator().manual_seed(0)
+    x = (1030 + torch.randint(-3, 4, (4, 9), generator=g)).half()
+    residual = (0.4 * torch.rand(4, 9, generator=g)).half()
+    weight, bias = torch.ones(9).half(), None
+    if not served(backend, name, [x, residual, weight, bias]):
+        return
+    found = added(name, x, residual, (9,), weight, bias)
+    y, total = composed(name, x, residual, (9,), weight, bias)
+    wide = composed(name, x.float(), residual.float(), (9,), None, None)[0]
+    assert torch.equal(found[1], total)
+    assert_close(found[0], y)
+    if name == "layer":  # what the rounding of the sum makes of y
+        assert (wide - y.float()).abs().max() > 0.05
+
+
+@NAMES
+def test_a_residual_of_another_dtype_is_composed(backend, name):
+    x, residual, weight, bias, *_ = rows((4, 9), dtype=torch.float32)
+    if backend is not None and not served(
+        backend, name, [x, residual, weight, bias]
+    ):
+        return
+    for pair in (
+        (x, residual.half()),
+        (x, residual.bfloat16()),
+        (x.half(), residual),
+    ):
+        found = added(name, *pair, (9,), weight, bias)
+        assert_close(found, composed(name, *pair, (9,), weight, bias))
+        assert found[1].dtype == torch.float32
+
+
 def test_a_residual_stream_of_many_layers(kernels):
     """Both outputs go on, so that every gradient comes by two ways."""
     x, residual, weight, bias, dy, _ = rows((4, 9))
