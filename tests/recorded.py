@@ -130,10 +130,13 @@ def assert_chapters(record):
 
 
 def assert_speed(record):
-    assert set(record) == {
+    # "missing" where the run was broken off; then it holds what was reached.
+    assert set(record) - {"missing"} == {
         *("provenance", "allocator", "copy_gbs"),
         *("goals", "speed", "checks"),
     }
+    on_gpu = record["provenance"]["kind"] == "cuda"
+    kinds = RESULT | ({"wall": float} if on_gpu else {})
     assert record["copy_gbs"] >= 0
     if record["provenance"]["kind"] == "cpu":
         assert record["allocator"]["MALLOC_MMAP_MAX_"] == "0"
@@ -143,7 +146,7 @@ def assert_speed(record):
         assert_kinds(line, LINE)
         assert {"torch", "normlib", "eager"} <= set(line["results"])
         for result in line["results"].values():
-            assert_kinds(result, RESULT)
+            assert_kinds(result, kinds)
             assert result["ms"] == sorted(result["ms"])
             assert result["ms"][0] > 0
         assert (line["memory"] is not None) == (line["pass"] == "both")
