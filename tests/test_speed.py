@@ -1,5 +1,6 @@
 """The benchmark of speed: what it computes of its measurements."""
 
+import json
 import sys
 
 import numpy
@@ -303,3 +304,30 @@ def test_the_allocator_is_pinned_once(monkeypatch):
     assert started[0][1:] == ["-m", "benchmarks.speed", "--quick"]
     speed.ready("cpu")
     assert len(started) == 1
+
+
+def test_a_run_that_is_broken_off_leaves_what_it_reached(
+    monkeypatch, tmp_path
+):
+    measured = []
+
+    def measure(row, dtype, *args):
+        if row == speed.QUICK[1]:
+            raise KeyboardInterrupt
+        measured.append(line(row.name, 1.0, 1.0, title=row.title))
+        return measured[-1:]
+
+    monkeypatch.setattr(speed, "ready", lambda device: None)
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "shown", str)
+    argv = ["speed", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main()
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text("utf-8"))
+    assert record["speed"] == measured
+    reached = speed.QUICK[0].title
+    assert {check["title"] for check in record["checks"]} == {reached}
+    others = sorted(row.title for row in speed.QUICK[1:])
+    assert record["missing"] == others
