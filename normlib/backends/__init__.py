@@ -19,9 +19,9 @@ It may have two more:
 ``evaluate(x, view, mean, var, weight, bias, eps)``
     the same by given statistics, one for each group;
 ``fuse(x, view, weight, bias, eps, extras, *, over_batch, centered, moments)``
-    the norm together with its neighbors, as
-    :class:`normlib.backends.fused.Extras` says: ``(y, total, moments)``. Its
-    ``supports`` and ``pays`` then take ``extras`` too.
+    the norm together with its neighbors, as ``fused.Extras`` says:
+    ``(y, total, moments)``. Its ``supports`` and ``pays`` then take
+    ``extras`` too.
 
 :func:`pick` takes the first of :data:`BACKENDS` that pays. Where none does,
 torch's own kernel is the best, and it is called with the caller's own
