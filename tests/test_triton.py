@@ -15,7 +15,7 @@ import pytest
 import torch
 from devices import DEVICES
 
-from normlib import backends
+from normlib import backends, blocks
 from normlib.axes import View
 from normlib.backends import eager, fused
 from normlib.backends import triton as backend
@@ -371,6 +371,64 @@ def test_the_interpreter_runs_this_file_and_the_table_of_norms():
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+# Counted by the machine of chapter 10
+
+
+@pytest.mark.skipif(INTERPRETED, reason="another machine")
+@pytest.mark.parametrize(
+    ("family", "adds", "activation", "forward", "backward"),
+    [
+        ("_TRAILING", False, None, 2, 3),
+        ("_TRAILING", True, None, 4, 4),
+        ("_TRAILING", False, "silu", 2, 3),
+        ("_TRAILING", True, "relu", 4, 4),
+        ("_PLANES", False, "silu", 2, 3),
+        ("_LONG", False, None, 3, 5),
+        ("_LONG", True, None, 6, 6),
+        ("_CHANNELS", False, None, 3, 5),
+        ("_CHANNELS", False, "relu", 3, 5),
+    ],
+)
+def test_the_passes_are_counted(
+    family, adds, activation, forward, backward, monkeypatch
+):
+    """Long rows are read again: from a cache, which this machine has not."""
+    case = {
+        "_TRAILING": Case(family, (64, 256), View(64, 1, 256, 1)),
+        "_LONG": Case(family, (64, 256), View(64, 1, 256, 1)),
+        "_PLANES": Case(family, (8, 16, 128), View(8, 4, 4, 128)),
+        "_CHANNELS": Case(family, (16, 4, 256), View(16, 4, 1, 256), True),
+    }[family]
+    if family == "_LONG":
+        monkeypatch.setattr(backend, "TILE", 128)
+        monkeypatch.setattr(backend, "LONG_BLOCK", 128)
+    (x, _, _, dy), residual, dtotal = beside(case, adds, "cpu", torch.float32)
+    chosen = backend._family(x, case.view, case.over_batch)
+    assert chosen is getattr(backend, family)
+    moved = []
+
+    def counted(*args, **constants):
+        moved.append(blocks.launch(*args, **constants).moved)
+
+    monkeypatch.setattr(backend, "_launch", counted)
+    total = torch.empty_like(x) if adds else None
+    extras = fused.Extras(activation, residual, total)
+    parameters = None, None, 1e-3
+    *_, kept = backend.forward(
+        *(x, case.view, *parameters), **case.kind, extras=extras
+    )
+    assert sum(moved) / x.nbytes == pytest.approx(forward, abs=0.1)
+    moved.clear()
+    extras = fused.Extras(activation, dtotal=dtotal)
+    needs = True, False, False
+    backend.backward(
+        *(dy, x if total is None else total, case.view, None, kept, needs),
+        **case.kind,
+        extras=extras,
+    )
+    assert sum(moved) / x.nbytes == pytest.approx(backward, abs=0.1)
 
 
 # Compiled for a GPU that is not there
