@@ -164,7 +164,7 @@ def fuse(
     """
     residual = extras.residual
     kind = {"over_batch": over_batch, "centered": centered}
-    call = kernels, view, eps, extras.activation, kind
+    call = _Call(kernels, view, eps, extras.activation, kind)
     needs_graph = torch.is_grad_enabled() and any(
         p is not None and p.requires_grad for p in (x, residual, weight, bias)
     )
@@ -189,6 +189,16 @@ def flat(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.reshape(-1).contiguous()
 
 
+class _Call(NamedTuple):
+    """What the kernels are told besides tensors."""
+
+    kernels: ModuleType
+    view: View
+    eps: float
+    activation: str | None
+    kind: dict[str, bool]
+
+
 def _forward(x, residual, weight, bias, call):
     """The kernels' forward: y, x + residual, mean, var, kept."""
     kernels, view, eps, activation, kind = call
@@ -205,9 +215,9 @@ class _Fused(torch.autograd.Function):
         y, total, mean, var, kept = _forward(x, residual, weight, bias, call)
         # The weight is of no use to its own gradient; saved all the same,
         # it could not be changed in place before the backward.
-        slopes = call[3] is not None
-        scale = weight if slopes or any(ctx.needs_input_grad[:2]) else None
-        shift = bias if slopes else None
+        slope = call.activation is not None  # for which they both count
+        scale = weight if slope or any(ctx.needs_input_grad[:2]) else None
+        shift = bias if slope else None
         x = x if total is None else total
         ctx.save_for_backward(x, scale, shift, *kept)
         ctx.set_materialize_grads(False)
