@@ -837,7 +837,8 @@ def _check_rms_norm(x, normalized_shape, weight, eps):
 
 
 def _check_residual(function: str, x: Tensor, residual: Tensor) -> None:
-    if torch.jit.is_tracing() or not isinstance(residual, Tensor):
+    given = isinstance(x, Tensor) and isinstance(residual, Tensor)
+    if torch.jit.is_tracing() or not given:
         return  # a proxy has no shape yet
     if x.shape != residual.shape or x.device != residual.device:
         raise RuntimeError(

@@ -438,6 +438,10 @@ def test_compiled_and_exported_add_and_norm_step_aside(kernels, name):
     )
     assert f"{name}_norm" in str(program.graph)
     assert_close(program.module()(x[:3], residual[:3])[0], expected[0][:3])
+    traced = torch.fx.symbolic_trace(
+        lambda x: added(name, x, residual, (9,), weight, bias)
+    )
+    assert_close(traced(x), expected)
     module = torch.fx.symbolic_trace(normlib.AddLayerNorm(9))
     assert_close(module(x, residual), normlib.AddLayerNorm(9)(x, residual))
 
