@@ -11,8 +11,10 @@ _PASSES = {
     "batch norm, training, forward": 3,
     "layer norm, backward": 3,
     "batch norm, training, backward": 5,
-    "add and RMS norm, two kernels": 5,
-    "add and RMS norm, one kernel": 4,
+    "add, RMS norm and SiLU, forward, apart": 7,
+    "add, RMS norm and SiLU, forward, fused": 4,
+    "batch norm and ReLU, backward, apart": 8,
+    "batch norm and ReLU, backward, fused": 5,
 }
 
 
@@ -23,7 +25,8 @@ _PASSES = {
     "afterwards.",
     "Does a row fit into the cache, so that its second reading is free? And "
     "the sum of x and the residual is needed twice: by the norm, and by the "
-    "residual connection that goes on.",
+    "residual connection that goes on. And from what is in registers the "
+    "slope of an activation can be computed.",
 )
 def least_passes(answer) -> None:
     """``{what: passes}``: tensor passes that cannot be avoided."""
