@@ -385,8 +385,15 @@ def test_the_sum_is_saved_and_may_not_change_the_output_may(kernels):
         y.sum().backward()
 
 
-def test_a_residual_and_its_gradient_may_lie_otherwise_in_memory(backend):
-    x, residual, weight, bias, dy, dtotal = rows((6, 6), dtype=torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_residual_and_its_gradient_may_lie_otherwise_in_memory(
+    backend, device
+):
+    x, residual, weight, bias, dy, dtotal = rows(
+        (6, 6), dtype=torch.float32, device=device
+    )
+    if not served(backend, "layer", [x, residual, weight, bias]):
+        return
     results = []
     for odd in (False, True):
         turned = [t.T.contiguous().T if odd else t for t in (residual, dtotal)]
@@ -476,10 +483,15 @@ def test_checkpointing_adds_again(kernels, reentrant):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @NAMES
-def test_what_is_not_finite_stays_in_its_row(backend, name, value):
-    x, residual, weight, bias, *_ = rows((4, 9), dtype=torch.float32)
+def test_what_is_not_finite_stays_in_its_row(backend, device, name, value):
+    x, residual, weight, bias, *_ = rows(
+        (4, 9), dtype=torch.float32, device=device
+    )
+    if not served(backend, name, [x, residual, weight, bias]):
+        return
     residual[1, 2] = value
     y, total = added(name, x, residual, (9,), weight, bias)
     expected = composed(name, x, residual, (9,), weight, bias)
@@ -808,13 +820,14 @@ def test_a_bias_behind_which_is_an_activation_may_not_change(kernels):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @BOTH
 def test_what_is_not_finite_goes_through_an_activation(
-    case, backend, activation, value
+    case, backend, device, activation, value
 ):
     x, weight, bias, dy = (
-        None if p is None else p.float() for p in draw(case)
+        None if p is None else p.float().to(device) for p in draw(case)
     )
     x[(0,) * x.dim()] = value
     if not serves(backend, case, x, weight, bias):
