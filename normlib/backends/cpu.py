@@ -7,18 +7,21 @@ for which:
 * Batch norm over images: its pass for the statistics is slow. Sums and norms
   of the rows, merged in float64, give the same; then one pass of batch norm
   in evaluation mode.
-* Rows of contiguous values that share one weight (instance norm, layer norm
-  without weight): forward, group norm with one group a row; backward, batch
-  norm with one channel a row.
+* Rows of contiguous values that share one weight (instance norm): forward,
+  group norm with one group a row; backward, batch norm with one channel a
+  row. Layer norm without a weight: torch's own, with a weight of ones.
 * Columns (channels last, dense layers, images of few positions): batch norm's
   kernel for columns, on parts that are short enough to keep their digits.
-  Their moments merge: over the batch, or over the channels of a group.
+  Their moments merge: over the batch, or over the channels of a group. Where
+  torch's own kernel is as fast, it is called first, and its statistics say
+  whether it has kept its digits.
 * RMS norm: torch composes it of whole passes over memory. Here they run over
   blocks of rows that stay in the cache.
 
 The rest is torch's own kernel. Tensors come without a graph: the autograd
-around these passes is in :mod:`normlib.backends.fused`. Nothing that is
-passed in is written to.
+around these passes is in :mod:`normlib.backends.fused`. Where torch's kernel
+is only watched, the graph is torch's. Nothing that is passed in is written
+to, except for running statistics.
 
 Chapter 5.
 """
