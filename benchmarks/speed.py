@@ -7,10 +7,13 @@ benchmarks/README.md.
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
+import pathlib
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -428,6 +431,46 @@ def tried(name, kind, row, x, dy):
         print(f"normlib: {row.title} not by {name}: {told[0]:.200}")
         return {}
     return {name: call}
+
+
+# Test
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PATIENCE = 240
+"""Seconds for the tests, so that the rest of ten minutes is the table's."""
+
+
+def tested():
+    """Run the tests of a GPU; return the last line of what they say."""
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pytest is not installed"
+    spread = importlib.util.find_spec("xdist") is not None
+    files = [
+        path
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "import DEVICES" in path.read_text("utf-8")
+    ]
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu"),
+        *("-o", "addopts=", "-W", "default", "-p", "no:benchmark"),
+        *(["-n", "8"] if spread else []),
+        *map(str, files),
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"broken off after {PATIENCE} s"
+    said = done.stdout.strip().splitlines()
+    print("\n".join(said[-20:]), flush=True)
+    return said[-1] if said else done.stderr.strip()[-200:]
 
 
 # Validate
@@ -912,6 +955,8 @@ def main():
     dtypes = [torch.float32, torch.bfloat16]
     dtypes += [torch.float16] if device == "cuda" else []
     about = provenance("benchmarks.speed", device, told.commit)
+    whole = device == "cuda" and not told.quick and not told.only
+    tests = {"tests": tested()} if whole else {}
     copy = copy_speed(device, 2**16 if told.quick else 2**26)
     budget = {"cpu": 1.0, "cuda": 0.4}[device] * (not told.quick)
     checks, lines = [], []
@@ -934,6 +979,7 @@ def main():
             "provenance": about,
             "allocator": allocator(),
             "copy_gbs": round(copy / 1e9, 2),
+            **tests,
             "goals": judge(lines, reached, device),
             "speed": lines,
             "checks": reached,

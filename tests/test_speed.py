@@ -1,7 +1,9 @@
 """The benchmark of speed: what it computes of its measurements."""
 
 import json
+import subprocess
 import sys
+import types
 
 import numpy
 import pytest
@@ -331,3 +333,25 @@ def test_a_run_that_is_broken_off_leaves_what_it_reached(
     assert {check["title"] for check in record["checks"]} == {reached}
     others = sorted(row.title for row in speed.QUICK[1:])
     assert record["missing"] == others
+
+
+def test_the_tests_of_a_gpu_are_run_by_their_files(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return types.SimpleNamespace(stdout="...\n7 passed\n", stderr="")
+
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    assert speed.tested() == "7 passed"
+    assert "7 passed" in capsys.readouterr().out
+    files = {path for path in commands[0] if path.endswith(".py")}
+    names = {path.rpartition("test_")[2] for path in files}
+    assert {"triton.py", "fused_forms.py", "functional.py"} <= names
+    assert "speed.py" not in names
+
+    def late(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(speed.subprocess, "run", late)
+    assert "broken off after 240 s" in speed.tested()
