@@ -9,7 +9,11 @@ from record import KINDS, RecordDirective
 
 from normlib.records import latest_speed, origin
 
-NAMES = {"torch": "torch.nn", "compiled": "torch.compile"}
+NAMES = {
+    "torch": "torch.nn",
+    "compiled": "torch.compile",
+    "liger": "Liger-Kernel",
+}
 NONE = """\
 *On {kind}:* not yet recorded. `python -m benchmarks.speed --device {name}` \
 measures it."""
@@ -33,7 +37,11 @@ def fastest(results):
     given = {
         "torch": 1.0,
         "normlib": results["normlib"]["ratio"],
-        **{k: results[k]["ratio"] for k in ("compiled",) if k in results},
+        **{
+            name: results[name]["ratio"]
+            for name in ("compiled", "liger")
+            if name in results
+        },
     }
     best = max(given, key=given.get)
     others = [ratio for name, ratio in given.items() if name != best]

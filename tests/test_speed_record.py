@@ -71,6 +71,7 @@ def test_it_shows_the_newest_record_of_each_kind(tmp_path):
         ({"normlib": 0.9}, "**torch.nn**"),
         ({"normlib": 1.5, "compiled": 2.0}, "**torch.compile**"),
         ({"normlib": 1.5, "compiled": 1.49}, "no difference"),
+        ({"normlib": 1.5, "liger": 1.6}, "**Liger-Kernel**"),
         ({"normlib": 1.5, "cpu": 9.0}, "**normlib**"),
     ],
 )
