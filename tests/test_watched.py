@@ -154,6 +154,43 @@ def test_small_calls_are_not_watched():
     assert declined(draw((5, 4)))
 
 
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [
+        (normlib.BatchNorm1d(2), False),
+        (normlib.BatchNorm2d(2), True),
+        (normlib.GroupNorm(1, 3), True),
+        (normlib.GroupNorm(1, 2), True),
+    ],
+    ids=["dense", "batch, last", "group, last", "two to a group"],
+)
+def test_a_long_chain_is_not_left_to_float32(layer, last):
+    batch = "Batch" in type(layer).__name__
+    rows = 2 * cpu.CHAIN_OF_TORCH * (torch.get_num_threads() if batch else 1)
+    channels = len(layer.weight)
+    while rows * channels < 2**20:
+        rows *= 2
+    shape = (1, channels, rows // 512, 512) if last else (rows, channels)
+    x = draw(shape, 0.9, last)
+    want = copy.deepcopy(layer).double()(x.double())
+    assert off(layer(x), want) < 2e-6
+    with torch.no_grad():
+        assert off(layer(x), want) < 2e-6
+
+
+@pytest.mark.usefixtures("every_size")
+def test_float64_is_left_to_torch_at_any_length(monkeypatch):
+    monkeypatch.setattr(cpu, "CHAIN_OF_TORCH", 3)
+    kinds = ((torch.float32, True), (torch.float64, False))
+    for dtype, too_long in kinds:
+        x, ones = draw((40, 4), dtype=dtype), torch.ones(4, dtype=dtype)
+        y = cpu.watched_batch_norm(x, (ones - 1, ones), ones, None, 0.1, 1e-5)
+        assert (y is None) == too_long
+        x = draw((2, 6, 3, 3), last=True, dtype=dtype)
+        y = cpu.watched_group_norm(x, 2, None, None, 1e-5)
+        assert (y is None) == too_long
+
+
 # Layer norm with a weight of ones
 
 

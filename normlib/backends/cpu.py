@@ -66,6 +66,10 @@ WATCHED = 2**20
 """With so many values a look at the statistics of torch's kernel, for what
 it has lost, takes no longer than a twentieth of the time."""
 
+CHAIN_OF_TORCH = 2**17
+"""The longest sum over a column that is left to float32 where torch's kernel
+is only watched. So long, it is wrong in the fourth digit."""
+
 HUGE = 2**23
 """With so many values what two kernels read is best read in blocks."""
 
@@ -238,11 +242,14 @@ def watched_batch_norm(
         eps: added to the variance.
 
     Returns:
-        y, in torch's own graph. None where a mean is too far from 0; then
-        the running statistics are as they were.
+        y, in torch's own graph. None where a mean is too far from 0 or the
+        sums are too long; then the running statistics are as they were.
     """
     mine = running or (None, None)
     if not _watched(x, weight, bias, *mine):
+        return None
+    rows = x.numel() // x.shape[1]
+    if _long(x, rows // torch.get_num_threads()):
         return None
     before = [r.clone() for r in running or ()]
     y, mean, rstd = torch.native_batch_norm(
@@ -274,9 +281,10 @@ def watched_group_norm(
         eps: added to the variance.
 
     Returns:
-        y, in torch's own graph. None where a mean is too far from 0, where x
-        is contiguous, and where the backward would be slow (two channels to
-        a group) or wrong (of weight and bias alone, in torch 2.13).
+        y, in torch's own graph. None where a mean is too far from 0 or the
+        sums are too long, where x is contiguous, and where the backward
+        would be slow (two channels to a group) or wrong (of weight and bias
+        alone, in torch 2.13).
     """
     n, c = x.shape[:2]
     if c == num_groups or x.is_contiguous():
@@ -287,8 +295,11 @@ def watched_group_norm(
     graph = torch.is_grad_enabled() and bool(learned or x.requires_grad)
     if graph and (c == 2 * num_groups or not x.requires_grad):
         return None
+    positions = x.numel() // (n * c)
+    if _long(x, positions):
+        return None
     y, mean, rstd = torch.native_group_norm(
-        x, weight, bias, n, c, x.numel() // (n * c), num_groups, eps
+        x, weight, bias, n, c, positions, num_groups, eps
     )
     return y if _modest(mean, rstd, 1) else None
 
@@ -302,6 +313,11 @@ def _watched(x, *others):
         and fused.layout(x) is not None
         and fused.plain(x, *others)
     )
+
+
+def _long(x, chain):
+    """Whether a sum over a column loses digits, wherever the mean is."""
+    return x.dtype is torch.float32 and chain > CHAIN_OF_TORCH
 
 
 def unit_weight(x: Tensor, normalized_shape: Sequence[int]) -> Tensor | None:
@@ -453,7 +469,8 @@ def _torch_is_fast(x, view):
 
 
 def _columns_forward(x, view, weight, bias, eps, *, over_batch):
-    if view.K == 2:  # torch's forward is fast, its backward is not
+    # Torch's forward is fast, its backward is not.
+    if view.K == 2 and not _long(x, view.M):
         n, g, k, m = view
         y, mean, rstd = torch.native_group_norm(
             x, weight, bias, n, g * k, m, g, eps
