@@ -449,7 +449,7 @@ def tested():
     files = [
         path
         for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if "import DEVICES" in path.read_text("utf-8")
+        if "from devices import" in path.read_text("utf-8")
     ]
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-m", "gpu"),

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from normlib import backends
+
 
 @pytest.fixture(autouse=True)
 def forgetful_compiler():
@@ -15,3 +17,14 @@ def forgetful_compiler():
     """
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
+
+
+@pytest.fixture(params=[*backends.available(), "default"])
+def backend(request, monkeypatch):
+    """Each backend forced, and the choice as it is made for large inputs."""
+    monkeypatch.setattr(backends, "LEAST", 0)
+    if request.param == "default":
+        yield None
+        return
+    with backends.use_backend(request.param):
+        yield request.param

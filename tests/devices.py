@@ -21,3 +21,16 @@ DEVICES = [
         ],
     ),
 ]
+
+over_devices = pytest.mark.parametrize("device", DEVICES)
+over_dtypes = pytest.mark.parametrize(
+    ("dtype", "mean"),
+    [
+        (torch.float64, 1e4),
+        (torch.float32, 0.5),
+        (torch.float32, 1e4),
+        (torch.bfloat16, 0.5),  # 16 bits hold no values far from zero
+        (torch.float16, 0.5),
+    ],
+    ids=str,
+)

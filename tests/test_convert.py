@@ -11,7 +11,7 @@ import weakref
 import numpy
 import pytest
 import torch
-from devices import DEVICES
+from devices import over_devices
 from torch import nn
 from twins import FULL, LAYERS, TWINS, assert_same, outcome, over
 
@@ -837,7 +837,7 @@ def test_bfloat16_leaves_in_float32():
     assert {w.dtype for w in weights} == {numpy.dtype("float32")}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("library", [nn, normlib], ids=["torch", "normlib"])
 def test_layers_of_torch_go_to_keras_and_flax_too(library, device):
     layer = library.BatchNorm2d(3, momentum=0.2, affine=False, device=device)

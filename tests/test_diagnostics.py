@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from devices import DEVICES
+from devices import over_devices
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
@@ -585,7 +585,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_measurement_leaves_the_model_as_it_was(call, grad, device):

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICES
+from devices import over_devices
 from hypothesis import given, settings
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -122,7 +122,7 @@ def norms(rank):
     return [ours, normlib.BatchNorm, theirs]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("config", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
 def test_layer_and_batch_norm_are_one_layer(layer, shape, config, device):
@@ -948,7 +948,7 @@ def test_the_memory_format_is_kept():
     assert folded[0].weight.stride() == transposed[0].weight.stride()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_other_dtypes_are_kept_and_close(dtype, mixed, device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, draw
-from devices import DEVICES
+from devices import over_devices, over_dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,17 +19,6 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(params=[*backends.available(), "default"])
-def backend(request, monkeypatch):
-    """Each backend forced, and the choice as it is made for large inputs."""
-    monkeypatch.setattr(backends, "LEAST", 0)
-    if request.param == "default":
-        yield None
-        return
-    with backends.use_backend(request.param):
-        yield request.param
-
-
 def serves(backend, case, x, *parameters):
     """Whether a forced backend serves a call; the default always does."""
     if backend is None:
@@ -39,18 +28,8 @@ def serves(backend, case, x, *parameters):
     return module.supports(x, case.view, weight, bias, **case.kind)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [
-        (torch.float64, 1e4),
-        (torch.float32, 0.5),
-        (torch.float32, 1e4),
-        (torch.bfloat16, 0.5),  # 16 bits hold no values far from zero
-        (torch.float16, 0.5),
-    ],
-    ids=str,
-)
+@over_devices
+@over_dtypes
 def test_every_norm_equals_the_reference(case, backend, device, dtype, mean):
     x, weight, bias, dy = draw(case, mean=mean if case.has_bias else 0.5)
     half = dtype in (torch.float16, torch.bfloat16)

@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, draw
-from devices import DEVICES
+from devices import over_devices, over_dtypes
 from test_fused import Kernels
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import normlib
+from benchmarks.speed import AddThenNorm
 from normlib import backends, convert, functional, inference, reference
 from normlib.axes import trailing_view
 from normlib.backends import eager, fused
@@ -78,16 +79,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", table)
     monkeypatch.setattr(backends, "LEAST", 0)
     return counting
-
-
-@pytest.fixture(params=[*backends.available(), "default"])
-def backend(request, monkeypatch):
-    monkeypatch.setattr(backends, "LEAST", 0)
-    if request.param == "default":
-        yield None
-        return
-    with backends.use_backend(request.param):
-        yield request.param
 
 
 def declined(kernels, f):
@@ -180,18 +171,8 @@ def served(backend, name, leaves):
 NAMES = pytest.mark.parametrize("name", ["layer", "rms"])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [
-        (torch.float64, 1e4),
-        (torch.float32, 0.5),
-        (torch.float32, 1e4),
-        (torch.bfloat16, 0.5),
-        (torch.float16, 0.5),
-    ],
-    ids=str,
-)
+@over_devices
+@over_dtypes
 @pytest.mark.parametrize(
     ("shape", "axes"), [((2, 3, 33), 1), ((1, 8), 1), ((3, 2, 5), 2)], ids=str
 )
@@ -385,7 +366,7 @@ def test_the_sum_is_saved_and_may_not_change_the_output_may(kernels):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 def test_a_residual_and_its_gradient_may_lie_otherwise_in_memory(
     backend, device
 ):
@@ -483,7 +464,7 @@ def test_checkpointing_adds_again(kernels, reentrant):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @NAMES
 def test_what_is_not_finite_stays_in_its_row(backend, device, name, value):
@@ -554,18 +535,6 @@ class Block(nn.Module):
         y = self.attention(y, y, y, need_weights=False)[0]
         y, stream = self.norms[1](y, stream)
         return self.mlp(y), stream
-
-
-class AddThenNorm(nn.Module):
-    """What the fused layers stand for, by torch.nn."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x, residual):
-        total = x + residual
-        return self.norm(total), total
 
 
 class Transformer(nn.Module):
@@ -682,18 +651,8 @@ def serves(backend, case, x, weight, bias):
     return module is None or module.supports(*call, **case.kind)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [
-        (torch.float64, 1e4),
-        (torch.float32, 0.5),
-        (torch.float32, 1e4),
-        (torch.bfloat16, 0.5),
-        (torch.float16, 0.5),
-    ],
-    ids=str,
-)
+@over_devices
+@over_dtypes
 @BOTH
 def test_norm_and_activation_equal_the_reference(
     case, activation, backend, device, dtype, mean
@@ -820,7 +779,7 @@ def test_a_bias_behind_which_is_an_activation_may_not_change(kernels):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @BOTH
 def test_what_is_not_finite_goes_through_an_activation(

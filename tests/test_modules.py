@@ -9,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from devices import DEVICES
+from devices import over_devices
 from torch.utils.checkpoint import checkpoint
 from twins import (
     DTYPES,
@@ -255,7 +255,7 @@ def test_groups_that_do_not_divide_the_channels(groups):
 # The arithmetic.
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over(TWINS)
 @with_backends()

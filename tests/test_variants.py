@@ -10,7 +10,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from devices import DEVICES
+from devices import over_devices
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrizations, parametrize
@@ -296,7 +296,7 @@ def test_pickled_copied_and_saved(case):
 
 
 @table(BATCH_NORMS)
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 def test_device_and_dtype_are_taken_from_the_constructor(case, device):
     module = case(3, device=device, dtype=torch.float64)
     y = module(draw((6, 3)).to(device))
