@@ -266,7 +266,7 @@ def instance_norm(
                 )
                 update_running(running_mean, running_var, batch, momentum)
             return y
-    last = None if input.dtype in HALF else _channels_last(input)
+    last = _channels_last(input)
     seen = input.flatten(2) if _misread(input) else input
     y = _torchs(F.instance_norm, _check_instance_norm, seen, *args)
     y = activate(y if seen is input else restore(y, input), activation)
@@ -322,15 +322,14 @@ def group_norm(
     # mean of 100 standard deviations its output is off in the second digit,
     # at 10,000 it is noise. (16 bits have no digits to lose.)
     last = _channels_last(input)
-    lossy = last is not None and input.dtype not in HALF
     y = _torchs(
         F.group_norm,
         _check_group_norm,
-        input.contiguous() if lossy else input,
+        input if last is None else input.contiguous(),
         *args,
         view=channel_view,
     )
-    y = y.contiguous(memory_format=last) if lossy else y
+    y = y if last is None else y.contiguous(memory_format=last)
     return activate(y, activation)
 
 
@@ -736,11 +735,15 @@ def _misread(x: Tensor) -> bool:
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The memory format of an ordinary CPU tensor with its channels last."""
+    """The memory format of an ordinary CPU tensor with its channels last.
+
+    None for another, and for 16 bits.
+    """
     if (
         torch.compiler.is_compiling()
         or not isinstance(x, Tensor)
         or not x.is_cpu
+        or x.dtype in HALF
         or x.is_contiguous()
         or not fused.plain(x)
     ):

@@ -261,7 +261,9 @@ class _Fused(torch.autograd.Function):
                 dy, x, view, weight, tuple(kept), needs, **kind
             )
         gradients = [
-            None if g is None else g.reshape(like[0]).to(like[1])
+            g
+            if g is None or (g.shape, g.dtype) == like
+            else g.reshape(like[0]).to(like[1])
             for g, like in zip(rest, ctx.parameters, strict=True)
         ]
         return dx, dx if of_residual else None, *gradients, None
