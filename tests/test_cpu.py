@@ -152,6 +152,7 @@ def small(monkeypatch):
     """Blocks of few values, and no size from which torch's kernel is taken,
     so that small inputs take every branch of large ones."""
     monkeypatch.setattr(cpu, "BLOCK", 50)
+    monkeypatch.setattr(cpu, "HUGE", 0)
     monkeypatch.setattr(cpu, "LARGE", 0)
     monkeypatch.setattr(cpu, "CHAIN_OF_COLUMNS", 4)
     monkeypatch.setattr(cpu, "CHAIN", 64)
@@ -228,6 +229,23 @@ def test_the_variance_keeps_its_digits(shape, mean):
     _, _, var, *_ = run(case, x / 2, weight, bias, dy)
     exact = (x / 2).double().var((0, 2), correction=0)
     assert ((var - exact) / exact).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize(
+    ("means", "near"),
+    [
+        ([0.0, 5.8, -5.8], True),  # where the standard deviation is 2
+        ([0.0, 0.0, 6.2], False),
+        ([0.0, 0.0, -6.2], False),
+        ([0.0, 0.0, torch.nan], False),
+        ([0.0, 0.0, torch.inf], False),
+    ],
+    ids=str,
+)
+def test_one_mean_away_from_zero_is_noticed(means, near):
+    mean = torch.tensor(means)
+    assert cpu._near(mean, torch.full((3,), 4.0), 3) == near
+    assert cpu._modest(mean, torch.full((3,), 0.5), 3) == near
 
 
 @pytest.mark.parametrize("mean", [100.0, 1e4])

@@ -111,11 +111,42 @@ def test_without_running_statistics(mean):
     assert_close(y.double().var(0), torch.ones(8).double(), tolerance=1e-3)
 
 
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_how_far_is_far(sign):
+    """Ten standard deviations for batch norm, one for group norm."""
+    none = (None, None, None)
+    for mean, near in ((8.0, True), (12.0, False)):
+        x = draw((5000, 4), sign * mean)
+        y = cpu.watched_batch_norm(x, *none, 0.1, 1e-5)
+        assert (y is not None) == near
+    for mean, near in ((0.8, True), (1.2, False)):
+        x = draw((4, 6, 20, 20), sign * mean, last=True)
+        y = cpu.watched_group_norm(x, 2, *none[1:], 1e-5)
+        assert (y is not None) == near
+
+
+@pytest.mark.usefixtures("every_size")
+def test_a_nan_in_one_channel_hides_no_other_that_is_far():
+    layer, (x, dy) = normlib.BatchNorm1d(2), (draw((9000, 2)) for _ in "xy")
+    x[:, 1] += 1e4
+    wanted, _ = exact(normlib.BatchNorm1d(1), x[:, 1:], dy[:, 1:])
+    x[0, 0] = torch.nan
+    y, dx, *_ = outcome(layer, x, dy)
+    assert y[:, 0].isnan().all()
+    assert off(y[:, 1:], wanted[0]) < 2e-3
+    assert off(dx[:, 1:], wanted[1]) < 2e-3
+    assert_close(layer.running_mean[1], 0.1 * x[:, 1].mean(), tolerance=1e-5)
+
+
 def last_group(channels, groups, **needs):
     x = draw((2, channels, 3, 3), last=True)
     x.requires_grad_(needs.get("x", False))
-    weight = torch.ones(channels, requires_grad=needs.get("weight", False))
-    return cpu.watched_group_norm(x, groups, weight, None, 1e-5)
+    weight, bias = (
+        torch.ones(channels, requires_grad=needs.get(name, False))
+        for name in ("weight", "bias")
+    )
+    return cpu.watched_group_norm(x, groups, weight, bias, 1e-5)
 
 
 @pytest.mark.usefixtures("every_size")
@@ -124,13 +155,16 @@ def test_where_the_backward_would_be_slow_or_wrong_it_is_declined():
     assert last_group(8, 4, x=True) is None
     assert last_group(8, 2, x=True) is not None
     assert last_group(8, 2, weight=True) is None
+    assert last_group(8, 2, bias=True) is None
     assert last_group(8, 8) is None
+    args = (2, None, None, 1e-5)
+    assert cpu.watched_group_norm(draw((5, 8)), *args) is None
     with torch.no_grad():
         assert last_group(8, 4, x=True, weight=True) is not None
 
 
-def declined(x, weight=None):
-    running = torch.zeros(4), torch.ones(4)
+def declined(x, weight=None, kind=torch.Tensor):
+    running = torch.zeros(4).as_subclass(kind), torch.ones(4)
     found = cpu.watched_batch_norm(x, running, weight, None, 0.1, 1e-5)
     return found is None and torch.equal(running[0], torch.zeros(4))
 
@@ -142,6 +176,7 @@ def test_what_is_not_watched():
     assert declined(draw((4, 5, 3, 3)).transpose(0, 1))
     assert not declined(draw((5, 4)))
     assert declined(draw((5, 4)), torch.ones(4).as_subclass(Special))
+    assert declined(draw((5, 4)), kind=Special)
     with torch.autocast("cpu"):
         assert declined(draw((5, 4)))
 
