@@ -157,8 +157,8 @@ def test_where_the_backward_would_be_slow_or_wrong_it_is_declined():
     assert last_group(8, 2, weight=True) is None
     assert last_group(8, 2, bias=True) is None
     assert last_group(8, 8) is None
-    args = (2, None, None, 1e-5)
-    assert cpu.watched_group_norm(draw((5, 8)), *args) is None
+    args = (2, None, None, 1e-5)  # contiguous
+    assert cpu.watched_group_norm(draw((5, 400)), *args) is None
     with torch.no_grad():
         assert last_group(8, 4, x=True, weight=True) is not None
 
@@ -290,3 +290,13 @@ def test_a_wrong_shape_is_refused_as_ever():
     for wrong in ([255], [1024], []):
         with pytest.raises(RuntimeError, match="normalized_shape"):
             functional.layer_norm(x, wrong)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", [(64, 8), (16384, 8)])
+def test_a_number_in_place_of_a_shape_is_refused_in_torchs_words(
+    shape, weighted
+):
+    weight = torch.ones(8) if weighted else None
+    with pytest.raises(TypeError, match="must be tuple of ints, not int"):
+        functional.layer_norm(draw(shape), 8, weight)
