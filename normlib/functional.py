@@ -10,6 +10,7 @@ before. :func:`moments` and :func:`batch_normalization` are TensorFlow's pair
 from ``tf.nn``.
 """
 
+import numbers
 from collections.abc import Iterable, Sequence
 from math import prod
 
@@ -461,6 +462,7 @@ def add_layer_norm(
 
     Raises:
         NotImplementedError: the residual or the sum is not floating point.
+        TypeError: the residual is no tensor.
         RuntimeError: the residual has another shape or device; and what
             :func:`layer_norm` raises.
 
@@ -505,6 +507,7 @@ def add_rms_norm(
 
     Raises:
         NotImplementedError: the residual or the sum is not floating point.
+        TypeError: the residual is no tensor.
         RuntimeError: the residual has another shape or device; and what
             :func:`rms_norm` raises.
 
@@ -692,6 +695,8 @@ def _torchs(function, check, *args, view=None):
     """
     try:
         return function(*args)
+    except TypeError:  # torch says best what it takes
+        raise
     except Exception as error:
         try:
             check(*args)
@@ -840,6 +845,10 @@ def _check_rms_norm(x, normalized_shape, weight, eps):
 
 
 def _check_residual(function: str, x: Tensor, residual: Tensor) -> None:
+    if residual is None or isinstance(residual, numbers.Number):
+        raise TypeError(
+            f"{function}: the residual must be a tensor, got {residual!r}"
+        )
     given = isinstance(x, Tensor) and isinstance(residual, Tensor)
     if torch.jit.is_tracing() or not given:
         return  # a proxy has no shape yet
@@ -864,7 +873,7 @@ def _check_trailing(function: str, x: Tensor, normalized_shape) -> None:
 
 
 def _check_activation(activation: str | None) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
         raise ValueError(
             "activation must be None or one of "
             f"{', '.join(map(repr, ACTIVATIONS))}, but got {activation!r}"

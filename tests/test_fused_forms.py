@@ -497,11 +497,13 @@ X, R = torch.randn(4, 9), torch.randn(4, 9)
         ((X, R[0], (9,)), RuntimeError, r"\(4, 9\).*\(9,\)"),
         ((X, R.to("meta"), (9,)), RuntimeError, "on cpu.*on meta"),
         ((X, R.long(), (9,)), NotImplementedError, "int64"),
+        ((X, None, (9,)), TypeError, "residual must be a tensor, got None"),
+        ((X, 1.0, (9,)), TypeError, "residual must be a tensor, got 1.0"),
         ((X, R, (8,)), RuntimeError, "8"),
         ((X, R, (9,), torch.ones(8)), RuntimeError, "8"),
         ((X, R, (9,), None, -1.0), ValueError, "-1"),
     ],
-    ids=["rows", "row", "device", "dtype", "size", "weight", "eps"],
+    ids="rows row device dtype none number size weight eps".split(),
 )
 @pytest.mark.parametrize("forced", [True, False])
 def test_what_cannot_be_added_or_normalized_is_refused(
@@ -803,7 +805,7 @@ def test_what_is_not_finite_goes_through_an_activation(
     )
 
 
-@pytest.mark.parametrize("bad", ["gelu", "ReLU", "", torch.relu])
+@pytest.mark.parametrize("bad", ["gelu", "ReLU", "", ["relu"], torch.relu])
 def test_an_unknown_activation_is_refused_before_anything_moves(bad):
     running = torch.zeros(9), torch.ones(9)
     names = "'relu', 'silu'"

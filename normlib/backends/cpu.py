@@ -332,6 +332,8 @@ def unit_weight(x: Tensor, normalized_shape: Sequence[int]) -> Tensor | None:
     Returns:
         Ones, not to be written to; or None.
     """
+    if not isinstance(normalized_shape, Sequence):
+        return None
     size = tuple(normalized_shape)
     if (
         torch.compiler.is_compiling()
