@@ -503,7 +503,17 @@ X, R = torch.randn(4, 9), torch.randn(4, 9)
         ((X, R, (9,), torch.ones(8)), RuntimeError, "8"),
         ((X, R, (9,), None, -1.0), ValueError, "-1"),
     ],
-    ids="rows row device dtype none number size weight eps".split(),
+    ids=[
+        "rows",
+        "row",
+        "device",
+        "dtype",
+        "none",
+        "number",
+        "size",
+        "weight",
+        "eps",
+    ],
 )
 @pytest.mark.parametrize("forced", [True, False])
 def test_what_cannot_be_added_or_normalized_is_refused(
