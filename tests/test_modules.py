@@ -313,7 +313,6 @@ def test_a_small_call_is_torchs_own(twin):
     assert not taken
 
 
-NO_AFFINE = {"elementwise_affine": False}
 LARGE = {
     "BatchNorm2d": Twin("BatchNorm2d", (32,), (8, 32, 64, 64)),
     "InstanceNorm2d": Twin("InstanceNorm2d", (32,), (8, 32, 64, 64), FULL),
