@@ -152,7 +152,6 @@ def small(monkeypatch):
     """Blocks of few values, and no size from which torch's kernel is taken,
     so that small inputs take every branch of large ones."""
     monkeypatch.setattr(cpu, "BLOCK", 50)
-    monkeypatch.setattr(cpu, "HUGE", 0)
     monkeypatch.setattr(cpu, "LARGE", 0)
     monkeypatch.setattr(cpu, "CHAIN_OF_COLUMNS", 4)
     monkeypatch.setattr(cpu, "CHAIN", 64)

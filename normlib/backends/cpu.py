@@ -4,9 +4,9 @@ No kernel is new here. Each of torch's norms is slow at something that
 another of its kernels does fast, and the one formula says which may stand in
 for which:
 
-* Batch norm over images: its pass for the statistics is slow. Sums and norms
-  of the rows, merged in float64, give the same; then one pass of batch norm
-  in evaluation mode.
+* Batch norm over images: its pass for the statistics is slow. Its backward,
+  given x in the place of dy, sums x and its squares in one reading; then one
+  pass of batch norm in evaluation mode.
 * Rows of contiguous values that share one weight (instance norm): forward,
   group norm with one group a row; backward, batch norm with one channel a
   row. Layer norm without a weight: torch's own, with a weight of ones.
@@ -69,9 +69,6 @@ it has lost, takes about a tenth of a forward's time, and less of more."""
 CHAIN_OF_TORCH = 2**17
 """The longest sum over a column that is left to float32 where torch's kernel
 is only watched. So long, it is wrong in the fourth digit."""
-
-HUGE = 2**23
-"""With so many values what two kernels read is best read in blocks."""
 
 FAR = 16
 """Where a mean is more than so many standard deviations from 0, what float32
@@ -400,26 +397,17 @@ def _planes_moments(x, view):
     n, c, _, m = view
     length = _part(m, CHAIN)
     if length <= CHAIN:
-        found = _row_sums(x.view(-1, length)).double().view(2, n, c, -1)
-        found[1].square_()
-        mean, square = found.sum((1, 3)).div_(n * m)
+        # With dy = x and xhat = x these are what a variance is made of.
+        rows = x.view(1, -1, length)
+        zeros, ones = x.new_zeros(len(rows[0])), x.new_ones(len(rows[0]))
+        found = torch.stack(_sums(rows, rows, zeros, ones)).double()
+        square, mean = found.view(2, n, c, -1).sum((1, 3)).div_(n * m)
         var = torch.addcmul(square, mean, mean, value=-1)
         # A mean away from 0 has eaten the digits of the difference.
         if _near(mean, var, 3):
             return mean, var
     mean, var = _merged(*_row_moments(x.view(n, c, m)), 0)
     return (mean, var) if _near(mean, var, FAR) else _torch_moments(x)
-
-
-def _row_sums(rows):
-    """The sum of each row and its Euclidean norm, (2, rows)."""
-    sums = rows.new_empty(2, len(rows))
-    step = _step(rows) if rows.numel() >= HUGE else len(rows)
-    parts = (t.split(step) for t in (rows, *sums))
-    for part, total, norm in zip(*parts, strict=True):
-        torch.sum(part, 1, out=total)
-        torch.linalg.vector_norm(part, 2, 1, out=norm)
-    return sums
 
 
 def _row_moments(x):
@@ -442,14 +430,21 @@ def _planes_backward(dy, x, view, weight, mean, rstd, needs):
     if m >= MANY or x.numel() < LARGE:
         return _torch_batch_backward(dy, x, view, weight, mean, rstd, needs)
     rows = (1, n * c, m)
-    each = [p.repeat(n) for p in (mean, rstd)]
+    each = torch.stack((mean, rstd)).repeat(1, n)
     sums = _sums(dy.view(rows), x.view(rows), *each)
     sums = [s.view(n, c).sum(0) for s in sums]
     dx = None
     if needs[0]:
-        dx = torch.empty_like(x)
         line = _line(view, weight, mean, rstd, *sums, n * m)
-        _combine(*(t.view(n, c, m) for t in (dx, dy, x)), *line)
+        scale, slope, offset = (p.view(c, 1) for p in line)
+        zeros = torch.zeros_like(rstd)
+        # Batch norm in evaluation: slope * x + offset.
+        dx, _, _ = torch.native_batch_norm(
+            *(x, slope.view(c), offset.view(c), zeros, zeros + 1),
+            *(False, 0.0, 0.0),
+        )
+        planes = dx.view(n, c, m)
+        torch.addcmul(planes, dy.view(n, c, m), scale, out=planes)
     return _wanted((dx, *sums), needs)
 
 
@@ -736,11 +731,9 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
         block = room[: len(xs)]
         product = torch.mul(dys, xs, out=block)
         if needs[0]:
-            gx = (
-                product.sum(1) if weight is None else torch.mv(product, weight)
-            )
+            gx = _row_products(product, weight)
         if needs[1]:
-            dweight += product.mul_(r).sum(0)
+            dweight += _column_totals(product.mul_(r))
         if needs[0]:
             share = (gx.view(-1, 1) * r).mul_(r).div_(-k)
             g = dys if weight is None else torch.mul(dys, weight, out=block)
@@ -750,13 +743,37 @@ def _rms_backward(dy, x, view, weight, mean, rstd, needs):
     return _wanted((dx, dweight, None), needs)
 
 
+def _row_products(block, weight):
+    """Of each row the sum, or the product with the weight.
+
+    Every operation on a block gives a thread the same rows. Else, where two
+    cores have no cache in common, what one has read the other must take back
+    before it can write.
+    """
+    if weight is None:
+        return block.sum(1)
+    mine = _by_threads(block)
+    return torch.bmm(mine, weight.expand(len(mine), 1, -1).mT).view(-1)
+
+
+def _column_totals(block):
+    """The sum of the rows, each thread its own first."""
+    return _by_threads(block).sum(1).sum(0)
+
+
+def _by_threads(block):
+    threads = torch.get_num_threads()
+    even = len(block) % threads == 0
+    return block.view(threads if even else 1, -1, block.shape[1])
+
+
 # What they share
 
 
 def _sums(dy, x, mean, rstd):
     """The sums of dy * xhat and of dy over each channel, as batch norm's."""
     return _batch_norm_backward(
-        *(dy, x, torch.ones_like(rstd), None, None, mean, rstd),
+        *(dy, x, None, None, None, mean, rstd),
         *(True, 0.0, [False, True, True]),
     )[1:]
 
@@ -800,9 +817,12 @@ def _combine(dx, dy, x, scale, slope, offset):
 
 
 def _step(x, size=None):
-    """How many of the first axis, each of a size, make a block."""
+    """How many of the first axis, each of a size, make a block.
+
+    As many for one thread as for another.
+    """
     size = x[0].numel() if size is None else size
-    return max(1, BLOCK * torch.get_num_threads() // size)
+    return max(1, BLOCK // size * torch.get_num_threads())
 
 
 def _near(mean, var, limit):
