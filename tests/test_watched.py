@@ -23,6 +23,7 @@ def every_size(monkeypatch):
     monkeypatch.setattr(backends, "LEAST", 0)
     monkeypatch.setattr(cpu, "WATCHED", 0)
     monkeypatch.setattr(cpu, "UNIT", 0)
+    monkeypatch.setattr(cpu, "NARROW", 0)
     monkeypatch.setattr(cpu, "least", lambda *call: 0)
     monkeypatch.setattr(cpu, "pays", lambda *call, **kind: True)
 
@@ -216,6 +217,7 @@ def test_a_long_chain_is_not_left_to_float32(layer, last):
 @pytest.mark.usefixtures("every_size")
 def test_float64_is_left_to_torch_at_any_length(monkeypatch):
     monkeypatch.setattr(cpu, "CHAIN_OF_TORCH", 3)
+    monkeypatch.setattr(cpu, "NARROW", 0)
     kinds = ((torch.float32, True), (torch.float64, False))
     for dtype, too_long in kinds:
         x, ones = draw((40, 4), dtype=dtype), torch.ones(4, dtype=dtype)
@@ -224,6 +226,25 @@ def test_float64_is_left_to_torch_at_any_length(monkeypatch):
         x = draw((2, 6, 3, 3), last=True, dtype=dtype)
         y = cpu.watched_group_norm(x, 2, None, None, 1e-5)
         assert (y is None) == too_long
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (normlib.BatchNorm1d(3), (2**17, 3)),
+        (normlib.BatchNorm2d(5), (32, 5, 64, 64)),
+    ],
+    ids=["dense", "channels last"],
+)
+def test_few_channels_are_not_left_to_torch(layer, shape, mean):
+    """It does them one row after another, each sum in a single chain."""
+    last = len(shape) == 4
+    x, dy = draw(shape, mean, last), draw(shape, 0, last, 1)
+    found, (wanted, _) = outcome(layer, x, dy), exact(layer, x, dy)
+    assert "Fused" in type(found[0].grad_fn).__name__
+    for got, want in zip(found, wanted, strict=True):
+        assert off(got, want) < 2e-7 * max(mean, 10.0)
 
 
 # Layer norm with a weight of ones

@@ -59,6 +59,11 @@ LARGE = 2**21
 """With so many positions, or without so many values, torch's backward of
 batch norm is fast."""
 
+NARROW = 2**4
+ROWS = 2**16
+"""With so few channels, and so many rows, torch's batch norm of columns is
+slow: it does each row by itself."""
+
 UNIT = 2**16
 """With fewer values torch's layer norm gains nothing by a weight of ones."""
 
@@ -128,8 +133,10 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
         return math.inf
     if norm == "normalize":  # by a view, whichever norm that is
         return 0
-    if norm == "batch_norm" and (x.dim() == 2 or not x.is_contiguous()):
-        return WATCHED
+    columns = x.dim() == 2 or (x.dim() > 2 and not x.is_contiguous())
+    if norm == "batch_norm" and columns:
+        channels = x.shape[1]
+        return ROWS * channels if channels < NARROW else WATCHED
     if not x.is_contiguous():
         path = _CHANNELS_LAST.get(norm)
         return math.inf if path is None else path.least
@@ -239,14 +246,16 @@ def watched_batch_norm(
         eps: added to the variance.
 
     Returns:
-        y, in torch's own graph. None where a mean is too far from 0 or the
-        sums are too long; then the running statistics are as they were.
+        y, in torch's own graph. None where a mean is too far from 0, the
+        sums are too long, or the channels few; then the running statistics
+        are as they were.
     """
     mine = running or (None, None)
     if not _watched(x, weight, bias, *mine):
         return None
     rows = x.numel() // x.shape[1]
-    if _long(x, rows // torch.get_num_threads()):
+    narrow = x.shape[1] < NARROW
+    if narrow or _long(x, rows // torch.get_num_threads()):
         return None
     before = [r.clone() for r in running or ()]
     y, mean, rstd = torch.native_batch_norm(
@@ -462,7 +471,12 @@ def _columns(x, view, over_batch):
 
 def _torch_is_fast(x, view):
     """Whether torch's batch norm has a fast kernel for these columns."""
-    return view.M == 1 or not x.is_contiguous()
+    return (view.M == 1 or not x.is_contiguous()) and not _narrow(x, view)
+
+
+def _narrow(x, view):
+    """Whether they are few and long."""
+    return view.G * view.K < NARROW and view.N * view.M >= ROWS
 
 
 def _columns_forward(x, view, weight, bias, eps, *, over_batch):
@@ -865,9 +879,13 @@ _PLANES = _Path(_planes_forward, _planes_backward, 2**19)
 _BATCH_COLUMNS = _Path(
     partial(_columns_forward, over_batch=True),
     partial(_columns_backward, over_batch=True),
-    2**19,
+    ROWS,
     # What torch's kernel is fast for comes here where it loses digits.
-    lambda x, view: _torch_is_fast(x, view) or view.N >= 32,
+    lambda x, view: (
+        _narrow(x, view)
+        or x.numel() >= 2**19
+        and (_torch_is_fast(x, view) or view.N >= 32)
+    ),
 )
 _COLUMNS = _Path(
     partial(_columns_forward, over_batch=False),
