@@ -471,15 +471,8 @@ def add_layer_norm(
     _check_eps("layer_norm", eps)
     _check_residual("add_layer_norm", input, residual)
     args = (normalized_shape, weight, bias, eps)
-    if backends.considers(input, "layer_norm", weight, "fuse") and _fits(
-        _check_layer_norm, input, *args
-    ):
-        view = trailing_view(input.shape, normalized_shape)
-        found = _add(input, residual, view, weight, bias, eps)
-        if found is not None:
-            return found
-    total = input + residual
-    return layer_norm(total, *args), total
+    call = (layer_norm, _check_layer_norm, input, residual, args)
+    return _add(*call, bias=bias, centered=True)
 
 
 def add_rms_norm(
@@ -517,17 +510,8 @@ def add_rms_norm(
         _check_eps("rms_norm", eps)
     _check_residual("add_rms_norm", input, residual)
     args = (normalized_shape, weight, eps)
-    if backends.considers(input, "rms_norm", weight, "fuse") and _fits(
-        _check_rms_norm, input, *args
-    ):
-        view = trailing_view(input.shape, normalized_shape)
-        least = _least_eps(input) if eps is None else eps
-        call = (view, weight, None, least)
-        found = _add(input, residual, *call, centered=False)
-        if found is not None:
-            return found
-    total = input + residual
-    return rms_norm(total, *args), total
+    call = (rms_norm, _check_rms_norm, input, residual, args)
+    return _add(*call, bias=None, centered=False)
 
 
 def moments(
@@ -656,14 +640,20 @@ def _normalize(
     return activate(y, activation), found
 
 
-def _add(x, residual, view, weight, bias, eps, *, centered=True):
-    """Let a backend add and normalize: y and the sum, None where none does."""
-    kind = {"over_batch": False, "centered": centered}
-    extras = fused.Extras(residual=residual)
-    backend = backends.pick(x, view, weight, bias, extras=extras, **kind)
-    if backend is None:
-        return None
-    return backend.fuse(x, view, weight, bias, eps, extras, **kind)[:2]
+def _add(norm, check, x, residual, args, *, bias, centered):
+    """Add and normalize: y and the sum, in one kernel where that pays."""
+    sizes, weight, *_, eps = args
+    asked = backends.considers(x, norm.__name__, weight, "fuse")
+    if asked and _fits(check, x, *args):
+        call = (x, trailing_view(x.shape, sizes), weight, bias)
+        kind = {"over_batch": False, "centered": centered}
+        extras = fused.Extras(residual=residual)
+        backend = backends.pick(*call, extras=extras, **kind)
+        if backend is not None:
+            eps = _least_eps(x) if eps is None else eps
+            return backend.fuse(*call, eps, extras, **kind)[:2]
+    total = x + residual
+    return norm(total, *args), total
 
 
 def _free(x: Tensor) -> bool:
