@@ -27,7 +27,10 @@ _LAYER_NORM_SHOWS_BIAS = _shows_bias("LayerNorm", 1)
 
 
 class _ChannelNorm(Module):
-    """What batch and instance norm share: parameters, buffers, their keys."""
+    """What batch and instance norm share: parameters, buffers, their keys.
+
+    The defaults are those of batch norm.
+    """
 
     _version = 2
     _ranks: tuple[int, ...] = ()
@@ -36,13 +39,14 @@ class _ChannelNorm(Module):
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device,
-        dtype,
-        bias: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -149,29 +153,6 @@ class BatchNorm(_ChannelNorm):
     """
 
     _takes = "(N, C) or (N, C, ...)"
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
-        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize a batch; in training, also move the running statistics.
@@ -280,14 +261,9 @@ class _InstanceNorm(_ChannelNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
+            *(num_features, eps, momentum, affine, track_running_stats),
+            *(device, dtype),
+            bias=bias,
         )
 
     def forward(self, input: Tensor) -> Tensor:
