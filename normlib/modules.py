@@ -214,9 +214,9 @@ class BatchNorm(_ChannelNorm):
 
 
 class BatchNorm1d(BatchNorm):
-    """Take (N, C) or (N, C, L), as :class:`torch.nn.BatchNorm1d` does.
+    """Take (N, C) or (N, C, L), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm1d`. Chapter 2.
     """
 
     _ranks = (2, 3)
@@ -224,9 +224,9 @@ class BatchNorm1d(BatchNorm):
 
 
 class BatchNorm2d(BatchNorm):
-    """Take (N, C, H, W), as :class:`torch.nn.BatchNorm2d` does.
+    """Take (N, C, H, W), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm2d`. Chapter 2.
     """
 
     _ranks = (4,)
@@ -234,9 +234,9 @@ class BatchNorm2d(BatchNorm):
 
 
 class BatchNorm3d(BatchNorm):
-    """Take (N, C, D, H, W), as :class:`torch.nn.BatchNorm3d` does.
+    """Take (N, C, D, H, W), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm3d`. Chapter 2.
     """
 
     _ranks = (5,)
@@ -273,7 +273,8 @@ class _InstanceNorm(_ChannelNorm):
             input: (N, C, ...), or (C, ...) for one instance.
 
         Returns:
-            y in the shape, dtype and memory format of the input.
+            y in the shape and dtype of the input, and the memory format of
+            :func:`normlib.functional.instance_norm`.
         """
         return self._forward(input)
 
@@ -367,10 +368,13 @@ class InstanceNorm1d(_InstanceNorm):
         dtype: likewise, floating point.
         bias: where False, an affine layer has a weight only.
 
+    Buffers: those of :class:`BatchNorm`; ``num_batches_tracked`` stays 0.
+
     Raises:
         ValueError: in ``forward``, for an input of another rank, another
-            number of channels in an affine layer, or one position; for the
-            rest see :func:`normlib.functional.instance_norm`.
+            number of channels in an affine layer (in one that is not, a
+            warning), or one position; for the rest see
+            :func:`normlib.functional.instance_norm`.
 
     As :class:`torch.nn.InstanceNorm1d`. Ulyanov, Vedaldi & Lempitsky (2016).
     Chapter 5.
@@ -722,7 +726,8 @@ class NormActivation(Sequential):
             input: as the norm takes it.
 
         Returns:
-            y in the shape, dtype and memory format of the input.
+            y in the shape and dtype of the input, and the norm's memory
+            format.
         """
         if not functional.fusible(input) or not self._alone():
             return super().forward(input)
