@@ -688,15 +688,7 @@ class AddRMSNorm(RMSNorm):
     def forward(
         self, input: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add, and normalize the trailing axes.
-
-        Args:
-            input: (..., D), D as in ``normalized_shape``.
-            residual: of the same shape.
-
-        Returns:
-            y and the sum.
-        """
+        """Add, and normalize, as :meth:`AddLayerNorm.forward` does."""
         return functional.add_rms_norm(
             *(input, residual, self.normalized_shape),
             *(self.weight, self.eps),
