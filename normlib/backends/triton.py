@@ -376,6 +376,11 @@ class _Walk(NamedTuple):
         return across, self.splits, self.instances
 
     @property
+    def parts(self) -> tuple[int, int]:
+        """The shape of partial results: (programs, channels)."""
+        return self.instances * self.splits, self.channels
+
+    @property
     def where(self) -> tuple[int, ...]:
         """The arguments that every kernel over channels takes."""
         return (
@@ -420,8 +425,7 @@ def _walk(call: _Call) -> _Walk:
 def _channels_forward(call, eps):
     walk = _walk(call)
     kernels, x = _kernels(), call.x
-    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 3
-    parts = [torch.empty_like(p) for p in parts]
+    parts = [call.new(*walk.parts) for _ in range(3)]
     inner, block = walk.inner, walk.block[1]
     _launch(
         kernels.channel_moments,
@@ -458,8 +462,7 @@ def _channels_forward(call, eps):
 def _channels_backward(call, dy, kept, dx, needs):
     walk = _walk(call)
     kernels = _kernels()
-    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 2
-    parts = [torch.empty_like(p) for p in parts]
+    parts = [call.new(*walk.parts) for _ in range(2)]
     _launch(
         kernels.channel_sums,
         walk.grid,
