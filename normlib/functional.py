@@ -232,7 +232,7 @@ def instance_norm(
     Raises:
         NotImplementedError: the input is not floating point.
         ValueError: one value per statistic; negative eps; one running
-            statistic.
+            statistic; an unknown activation.
         RuntimeError: sizes or dtypes that do not match; no running
             statistics where they are to be used.
 
@@ -299,7 +299,7 @@ def group_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: one value in all; negative eps.
+        ValueError: one value in all; negative eps; an unknown activation.
         RuntimeError: fewer than two axes, G does not divide C, sizes or
             dtypes that do not match.
 
@@ -359,7 +359,7 @@ def layer_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: negative eps.
+        ValueError: negative eps; an unknown activation.
         RuntimeError: shapes or dtypes that do not match.
 
     Ba, Kiros & Hinton (2016). Chapter 5.
@@ -410,7 +410,7 @@ def rms_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: negative eps.
+        ValueError: negative eps; an unknown activation.
         RuntimeError: shapes that do not match.
 
     Zhang & Sennrich (2019). Chapter 5.
