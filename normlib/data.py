@@ -33,17 +33,25 @@ def breast_cancer() -> Table:
 
     The features' standard deviations span five orders of magnitude: 0.003
     for ``fractal dimension error`` to 569 for ``worst area``.
+
+    Street, Wolberg & Mangasarian (1993). Chapter 1.
     """
     return _table(_bundled("breast_cancer"))
 
 
 def wine() -> Table:
-    """178 wines, 13 chemical features, three cultivars (0, 1, 2)."""
+    """178 wines, 13 chemical features, three cultivars (0, 1, 2).
+
+    Aeberhard & Forina (1992). Chapter 1.
+    """
     return _table(_bundled("wine"))
 
 
 def digits() -> Table:
-    """1797 handwritten digits, 64 pixels (8 by 8) scaled to [0, 1]."""
+    """1797 handwritten digits, 64 pixels (8 by 8) scaled to [0, 1].
+
+    Alpaydin & Kaynak (1998). Chapter 2.
+    """
     table = _table(_bundled("digits"))
     return table._replace(x=table.x / 16.0)
 
@@ -184,6 +192,8 @@ def split(table: Table, test_size: float = 0.25, seed: int = 0) -> Split:
 
     Returns:
         The four arrays as a :class:`Split`.
+
+    Chapter 1.
     """
     from sklearn.model_selection import train_test_split
 

@@ -232,7 +232,7 @@ def instance_norm(
     Raises:
         NotImplementedError: the input is not floating point.
         ValueError: one value per statistic; negative eps; one running
-            statistic.
+            statistic; an unknown activation.
         RuntimeError: sizes or dtypes that do not match; no running
             statistics where they are to be used.
 
@@ -299,7 +299,7 @@ def group_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: one value in all; negative eps.
+        ValueError: one value in all; negative eps; an unknown activation.
         RuntimeError: fewer than two axes, G does not divide C, sizes or
             dtypes that do not match.
 
@@ -359,7 +359,7 @@ def layer_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: negative eps.
+        ValueError: negative eps; an unknown activation.
         RuntimeError: shapes or dtypes that do not match.
 
     Ba, Kiros & Hinton (2016). Chapter 5.
@@ -410,7 +410,7 @@ def rms_norm(
 
     Raises:
         NotImplementedError: the input is not floating point.
-        ValueError: negative eps.
+        ValueError: negative eps; an unknown activation.
         RuntimeError: shapes that do not match.
 
     Zhang & Sennrich (2019). Chapter 5.
@@ -471,15 +471,8 @@ def add_layer_norm(
     _check_eps("layer_norm", eps)
     _check_residual("add_layer_norm", input, residual)
     args = (normalized_shape, weight, bias, eps)
-    if backends.considers(input, "layer_norm", weight, "fuse") and _fits(
-        _check_layer_norm, input, *args
-    ):
-        view = trailing_view(input.shape, normalized_shape)
-        found = _add(input, residual, view, weight, bias, eps)
-        if found is not None:
-            return found
-    total = input + residual
-    return layer_norm(total, *args), total
+    call = (layer_norm, _check_layer_norm, input, residual, args)
+    return _add(*call, bias=bias, centered=True)
 
 
 def add_rms_norm(
@@ -517,17 +510,8 @@ def add_rms_norm(
         _check_eps("rms_norm", eps)
     _check_residual("add_rms_norm", input, residual)
     args = (normalized_shape, weight, eps)
-    if backends.considers(input, "rms_norm", weight, "fuse") and _fits(
-        _check_rms_norm, input, *args
-    ):
-        view = trailing_view(input.shape, normalized_shape)
-        least = _least_eps(input) if eps is None else eps
-        call = (view, weight, None, least)
-        found = _add(input, residual, *call, centered=False)
-        if found is not None:
-            return found
-    total = input + residual
-    return rms_norm(total, *args), total
+    call = (rms_norm, _check_rms_norm, input, residual, args)
+    return _add(*call, bias=None, centered=False)
 
 
 def moments(
@@ -656,14 +640,20 @@ def _normalize(
     return activate(y, activation), found
 
 
-def _add(x, residual, view, weight, bias, eps, *, centered=True):
-    """Let a backend add and normalize: y and the sum, None where none does."""
-    kind = {"over_batch": False, "centered": centered}
-    extras = fused.Extras(residual=residual)
-    backend = backends.pick(x, view, weight, bias, extras=extras, **kind)
-    if backend is None:
-        return None
-    return backend.fuse(x, view, weight, bias, eps, extras, **kind)[:2]
+def _add(norm, check, x, residual, args, *, bias, centered):
+    """Add and normalize: y and the sum, in one kernel where that pays."""
+    sizes, weight, *_, eps = args
+    asked = backends.considers(x, norm.__name__, weight, "fuse")
+    if asked and _fits(check, x, *args):
+        call = (x, trailing_view(x.shape, sizes), weight, bias)
+        kind = {"over_batch": False, "centered": centered}
+        extras = fused.Extras(residual=residual)
+        backend = backends.pick(*call, extras=extras, **kind)
+        if backend is not None:
+            eps = _least_eps(x) if eps is None else eps
+            return backend.fuse(*call, eps, extras, **kind)[:2]
+    total = x + residual
+    return norm(total, *args), total
 
 
 def _free(x: Tensor) -> bool:

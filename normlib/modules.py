@@ -27,7 +27,10 @@ _LAYER_NORM_SHOWS_BIAS = _shows_bias("LayerNorm", 1)
 
 
 class _ChannelNorm(Module):
-    """What batch and instance norm share: parameters, buffers, their keys."""
+    """What batch and instance norm share: parameters, buffers, their keys.
+
+    The defaults are those of batch norm.
+    """
 
     _version = 2
     _ranks: tuple[int, ...] = ()
@@ -36,13 +39,14 @@ class _ChannelNorm(Module):
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device,
-        dtype,
-        bias: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -150,29 +154,6 @@ class BatchNorm(_ChannelNorm):
 
     _takes = "(N, C) or (N, C, ...)"
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
-        )
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalize a batch; in training, also move the running statistics.
 
@@ -233,9 +214,9 @@ class BatchNorm(_ChannelNorm):
 
 
 class BatchNorm1d(BatchNorm):
-    """Take (N, C) or (N, C, L), as :class:`torch.nn.BatchNorm1d` does.
+    """Take (N, C) or (N, C, L), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm1d`. Chapter 2.
     """
 
     _ranks = (2, 3)
@@ -243,9 +224,9 @@ class BatchNorm1d(BatchNorm):
 
 
 class BatchNorm2d(BatchNorm):
-    """Take (N, C, H, W), as :class:`torch.nn.BatchNorm2d` does.
+    """Take (N, C, H, W), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm2d`. Chapter 2.
     """
 
     _ranks = (4,)
@@ -253,9 +234,9 @@ class BatchNorm2d(BatchNorm):
 
 
 class BatchNorm3d(BatchNorm):
-    """Take (N, C, D, H, W), as :class:`torch.nn.BatchNorm3d` does.
+    """Take (N, C, D, H, W), else as :class:`BatchNorm`.
 
-    Chapter 2.
+    As :class:`torch.nn.BatchNorm3d`. Chapter 2.
     """
 
     _ranks = (5,)
@@ -280,14 +261,9 @@ class _InstanceNorm(_ChannelNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
+            *(num_features, eps, momentum, affine, track_running_stats),
+            *(device, dtype),
+            bias=bias,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -297,7 +273,8 @@ class _InstanceNorm(_ChannelNorm):
             input: (N, C, ...), or (C, ...) for one instance.
 
         Returns:
-            y in the shape, dtype and memory format of the input.
+            y in the shape and dtype of the input, and the memory format of
+            :func:`normlib.functional.instance_norm`.
         """
         return self._forward(input)
 
@@ -391,10 +368,13 @@ class InstanceNorm1d(_InstanceNorm):
         dtype: likewise, floating point.
         bias: where False, an affine layer has a weight only.
 
+    Buffers: those of :class:`BatchNorm`; ``num_batches_tracked`` stays 0.
+
     Raises:
         ValueError: in ``forward``, for an input of another rank, another
-            number of channels in an affine layer, or one position; for the
-            rest see :func:`normlib.functional.instance_norm`.
+            number of channels in an affine layer (in one that is not, a
+            warning), or one position; for the rest see
+            :func:`normlib.functional.instance_norm`.
 
     As :class:`torch.nn.InstanceNorm1d`. Ulyanov, Vedaldi & Lempitsky (2016).
     Chapter 5.
@@ -708,15 +688,7 @@ class AddRMSNorm(RMSNorm):
     def forward(
         self, input: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add, and normalize the trailing axes.
-
-        Args:
-            input: (..., D), D as in ``normalized_shape``.
-            residual: of the same shape.
-
-        Returns:
-            y and the sum.
-        """
+        """Add, and normalize, as :meth:`AddLayerNorm.forward` does."""
         return functional.add_rms_norm(
             *(input, residual, self.normalized_shape),
             *(self.weight, self.eps),
@@ -746,7 +718,8 @@ class NormActivation(Sequential):
             input: as the norm takes it.
 
         Returns:
-            y in the shape, dtype and memory format of the input.
+            y in the shape and dtype of the input, and the norm's memory
+            format.
         """
         if not functional.fusible(input) or not self._alone():
             return super().forward(input)

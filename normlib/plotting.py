@@ -75,6 +75,8 @@ def axis_cubes(axes=None):
 
     Returns:
         The four Axes.
+
+    Chapter 5.
     """
     if axes is None:
         axes = plt.subplots(2, 2, figsize=(4.8, 3.9))[1].ravel()
@@ -156,6 +158,8 @@ def spread(x, runs, label: str, color: str, ax=None):
 
     Returns:
         The axes.
+
+    Chapter 2.
     """
     ax = ax or plt.gca()
     color = COLORS.get(color, color)
@@ -177,6 +181,8 @@ def computation_graph(nodes: dict, edges: list, ax=None):
 
     Returns:
         The axes, without a frame.
+
+    Chapter 2.
     """
     ax = ax or plt.gca()
     ax.set_axis_off()
@@ -223,6 +229,8 @@ def shared_statistics(view, ax=None):
 
     Returns:
         The axes.
+
+    Chapter 2.
     """
     ax = ax or plt.gca()
     examples, channels, positions = view
@@ -263,6 +271,8 @@ def tangent_gradient(xhat, gradient, ax):
 
     Returns:
         The axes.
+
+    Chapter 2.
     """
     ones = numpy.ones(3) / math.sqrt(3)
     along = xhat / numpy.linalg.norm(xhat)
@@ -304,6 +314,8 @@ def intervals(groups: dict, colors: list[str], ax=None):
 
     Returns:
         The axes, with a row for each group.
+
+    Chapter 2.
     """
     from scipy.stats import t
 

@@ -99,9 +99,9 @@ def normalize_backward(
 def batch_norm(x, weight=None, bias=None, eps=1e-5):
     """Each channel of (N, C, ...) over the batch and the positions.
 
-    This is training mode: the statistics are those of the batch. Returns
-    ``(y, cache)`` as :func:`normalize` does. Ioffe & Szegedy (2015).
-    Chapter 2.
+    This is training mode: the statistics are those of the batch. Weight and
+    bias have shape (C,). Returns ``(y, cache)`` and raises as
+    :func:`normalize` does. Ioffe & Szegedy (2015). Chapter 2.
     """
     view = channel_view(numpy.shape(x))
     return normalize(x, view, weight, bias, eps, over_batch=True)
@@ -110,7 +110,8 @@ def batch_norm(x, weight=None, bias=None, eps=1e-5):
 def instance_norm(x, weight=None, bias=None, eps=1e-5):
     """Each channel of each instance of (N, C, ...) over its positions.
 
-    Returns ``(y, cache)``. Ulyanov, Vedaldi & Lempitsky (2016).
+    Parameters, result and errors are as for :func:`batch_norm`. Ulyanov,
+    Vedaldi & Lempitsky (2016). Chapter 5.
     """
     return normalize(x, channel_view(numpy.shape(x)), weight, bias, eps)
 
@@ -118,7 +119,8 @@ def instance_norm(x, weight=None, bias=None, eps=1e-5):
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
     """Each group of channels of each instance of (N, C, ...).
 
-    Returns ``(y, cache)``. Wu & He (2018).
+    Parameters, result and errors are as for :func:`batch_norm`, and
+    ``num_groups`` must divide C. Wu & He (2018). Chapter 5.
     """
     view = channel_view(numpy.shape(x), num_groups)
     return normalize(x, view, weight, bias, eps)
@@ -127,7 +129,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     """Each vector of (..., D) over its own entries.
 
-    Returns ``(y, cache)``. Ba, Kiros & Hinton (2016).
+    D may be several axes, ``normalized_shape``, which is the shape of weight
+    and bias. Returns ``(y, cache)`` and raises as :func:`normalize` does. Ba,
+    Kiros & Hinton (2016). Chapter 5.
     """
     view = trailing_view(numpy.shape(x), normalized_shape)
     return normalize(x, view, weight, bias, eps)
@@ -136,7 +140,8 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
 def rms_norm(x, normalized_shape, weight=None, eps=1e-5):
     """Layer norm without the mean and without a shift.
 
-    Returns ``(y, cache)``. Zhang & Sennrich (2019).
+    Parameters, result and errors are as for :func:`layer_norm`. Zhang &
+    Sennrich (2019). Chapter 5.
     """
     view = trailing_view(numpy.shape(x), normalized_shape)
     return normalize(x, view, weight, None, eps, centered=False)

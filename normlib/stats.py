@@ -22,6 +22,8 @@ class Moments(NamedTuple):
 
     ``mean`` and ``var`` are tensors of one shape, one entry for each
     statistic; ``count`` is the number of values behind each entry.
+
+    Chapter 4.
     """
 
     count: float

@@ -97,6 +97,9 @@ class NoisyBatchNorm(_Variant):
         r_sigma: likewise.
         generator: likewise.
 
+    Raises:
+        ValueError: see :func:`perturb`; in ``forward`` too.
+
     Santurkar, Tsipras, Ilyas & Madry (2018). Chapter 3.
     """
 
@@ -446,7 +449,13 @@ class WeightNorm(Module):
         self.dim = -1 if dim is None else dim
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight, from its length and its direction."""
+        """The weight, of the shape of v, from its length and direction.
+
+        Args:
+            g: the lengths: the shape of v with 1 on all axes but ``dim``, or
+                no axes where that is None.
+            v: the directions, of any length.
+        """
         rows, view = _rows(v, None if self.dim == -1 else self.dim)
         gain = widen(g) / math.sqrt(view.M)
         w, _, _ = functional.normalize(
@@ -498,6 +507,10 @@ class WeightStandardization(Module):
     Args:
         dim: the axis of the outputs.
         eps: added to the variances.
+
+    Raises:
+        ValueError: in ``forward``, an output has only one weight; a negative
+            eps.
 
     Qiao, Wang, Liu, Shen & Yuille (2019). Chapter 7.
     """

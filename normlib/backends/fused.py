@@ -6,6 +6,20 @@ operations one by one. :func:`plain` recognizes the ordinary call;
 everything else goes to torch's own kernel or to the formula. A second
 derivative, or a backward in unusual company, is taken from the formula too:
 :func:`normlib.backends.eager.backward`, which differentiates to any order.
+
+The kernels are a module with two functions, which run without autograd:
+
+``forward(x, view, weight, bias, eps, *, over_batch, centered)``
+    ``y, mean, var, kept``. y has the shape, dtype and memory format of x;
+    mean and biased var have shape (N, G), or (G,) where ``over_batch``, or
+    are None; kept is a tuple of whatever tensors the backward reads.
+``backward(dy, x, view, weight, kept, needs, *, over_batch, centered)``
+    ``dx, dweight, dbias``, of which ``needs`` says by three booleans which
+    are wanted; the others are None. dy has the shape of x and any strides;
+    the weight is None also where none of what is wanted needs it.
+
+Where something is fused with the norm, both are also given ``extras``. With a
+residual, the forward normalizes x + residual, and the backward's x is the sum.
 """
 
 import functools
@@ -97,13 +111,7 @@ def normalize(
     """The work of a backend, given its kernels.
 
     Args:
-        kernels: a module with ``forward(x, view, weight, bias, eps, *,
-            over_batch, centered)``, which returns ``y, mean, var, kept``,
-            and ``backward(dy, x, view, weight, kept, needs, *, over_batch,
-            centered)``, which returns ``dx, dweight, dbias``. Mean and var
-            have shape (N, G), or (G,) where ``over_batch``, or are None;
-            kept is a tuple of whatever tensors the backward reads. Both run
-            without autograd.
+        kernels: see above.
         x: plain, as are weight and bias.
         view: how to see it as (N, G, K, M).
         weight: scale, or None.
@@ -145,10 +153,8 @@ def fuse(
     residual where it is None.
 
     Args:
-        kernels: as for :func:`normalize`. Where something is fused, forward
-            and backward are also given ``extras``; where a residual is, the
-            backward's x is the sum.
-        x: as there, as are the next four.
+        kernels: as for :func:`normalize`, as are the next five.
+        x: see there.
         view: see there.
         weight: see there.
         bias: see there.

@@ -116,15 +116,11 @@ def forward(
     centered: bool,
     extras: Extras = NOTHING,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
-    """``weight * (x - mean) * rstd + bias`` over the view.
+    """``activation(weight * (x - mean) * rstd + bias)`` over the view.
 
-    With a residual, of x + residual, which goes to ``extras.total``; with an
-    activation, the activation of it.
-
-    Returns:
-        y in the shape, dtype and memory format of x; mean and biased var of
-        shape (G,) where ``over_batch``, or else None; and what the backward
-        needs: the mean less the first value that went into it, and rstd.
+    Of x + residual where there is one. As :mod:`normlib.backends.fused` asks
+    for it: mean and var are None unless ``over_batch``, and kept are the mean
+    less the first value that went into it, and rstd.
     """
     parameters = fused.flat(weight), fused.flat(bias)
     extras = _alike(x, extras)
@@ -146,21 +142,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dx = rstd * (g - ⟨g⟩ - xhat * ⟨g * xhat⟩)`` with ``g = dy * weight``.
 
-    Args:
-        dy: of the shape of x, with any strides.
-        x: what was normalized: the forward's input, or the sum.
-        view: of x.
-        weight: G·K values, or None.
-        kept: from :func:`forward`.
-        needs: whether dx, dweight and dbias are wanted.
-        over_batch: whether the statistics ran over the instances.
-        centered: whether the mean was subtracted.
-        extras: with the activation and the bias, and ``dtotal``, which is
-            added to dx.
-
-    Returns:
-        dx, dweight and dbias (these in float32); None in place of what is
-        not wanted.
+    As :mod:`normlib.backends.fused` asks for it; dweight and dbias in
+    float32.
     """
     family = _family(x, view, over_batch)
     dy = dy.contiguous(memory_format=fused.layout(x))
@@ -393,6 +376,11 @@ class _Walk(NamedTuple):
         return across, self.splits, self.instances
 
     @property
+    def parts(self) -> tuple[int, int]:
+        """The shape of partial results: (programs, channels)."""
+        return self.instances * self.splits, self.channels
+
+    @property
     def where(self) -> tuple[int, ...]:
         """The arguments that every kernel over channels takes."""
         return (
@@ -437,8 +425,7 @@ def _walk(call: _Call) -> _Walk:
 def _channels_forward(call, eps):
     walk = _walk(call)
     kernels, x = _kernels(), call.x
-    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 3
-    parts = [torch.empty_like(p) for p in parts]
+    parts = [call.new(*walk.parts) for _ in range(3)]
     inner, block = walk.inner, walk.block[1]
     _launch(
         kernels.channel_moments,
@@ -475,8 +462,7 @@ def _channels_forward(call, eps):
 def _channels_backward(call, dy, kept, dx, needs):
     walk = _walk(call)
     kernels = _kernels()
-    parts = [call.new(walk.instances * walk.splits, walk.channels)] * 2
-    parts = [torch.empty_like(p) for p in parts]
+    parts = [call.new(*walk.parts) for _ in range(2)]
     _launch(
         kernels.channel_sums,
         walk.grid,

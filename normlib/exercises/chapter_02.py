@@ -6,7 +6,7 @@ import torch
 import normlib
 from normlib import reference
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, has_keys, says, unpacked
 from normlib.functional import batch_normalization, moments
 
 _EPS = (1e-5, 1e-2, 0.5)
@@ -86,10 +86,7 @@ SUSPECTS = {
 )
 def fingerprints(answer) -> None:
     """Which statistics each suspect takes as constant, by its sums."""
-    assert isinstance(answer, dict), f"expected a dict, got {type(answer)}"
-    assert set(answer) == set(SUSPECTS), (
-        f"expected the keys A to D, got {sorted(answer)}"
-    )
+    has_keys(answer, SUSPECTS)
     wrong = [name for name in SUSPECTS if answer[name] != _verdict(name)]
     assert not wrong, f"{4 - len(wrong)} of 4 are right"
 
@@ -121,14 +118,11 @@ def mean_only(answer) -> None:
     for m in (2, 7):
         x, dy = rng.normal(2.0, 3.0, size=(2, m, 3))
         weight = rng.uniform(0.5, 2, 3)
-        got = answer(dy, x, weight)
-        three = isinstance(got, tuple) and len(got) == 3
-        assert three, "expected the tuple (dx, dweight, dbias)"
+        names = "dx", "dweight", "dbias"
+        got = unpacked(answer(dy, x, weight), *names)
         g, centered = dy * weight, x - x.mean(0)
         wanted = (g - g.mean(0), (dy * centered).sum(0), dy.sum(0))
-        for name, mine, right in zip(
-            ("dx", "dweight", "dbias"), got, wanted, strict=True
-        ):
+        for name, mine, right in zip(names, got, wanted, strict=True):
             says(name, array(mine, right.shape), right, f"m={m}")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from normlib import data, models, training, variants
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, says, unpacked
 
 
 @exercise(
@@ -22,9 +22,7 @@ from normlib.exercises.compare import array, says
 def impostor(answer) -> None:
     """Two standardized values of a given skewness."""
     for skewness in (0.0, 1.0, -2.0, 10.0):
-        got = answer(skewness)
-        three = isinstance(got, (tuple, list)) and len(got) == 3
-        assert three, "expected the tuple (high, low, p)"
+        got = unpacked(answer(skewness), "high", "low", "p")
         high, low, p = (float(array(v, ())) for v in got)
         where = f"{skewness=}"
         assert 0 < p < 1, f"p: expected between 0 and 1, got {p:.4g} ({where})"
@@ -101,8 +99,7 @@ def shift(answer) -> None:
         x, t = rng.normal(size=(n, 4)), rng.normal(size=(n, 2))
         w1, w2 = rng.normal(size=(3, 4)), rng.normal(size=(2, 3))
         got = answer(w1.copy(), w2.copy(), x.copy(), t.copy(), lr)
-        pair = isinstance(got, (tuple, list)) and len(got) == 2
-        assert pair, "expected the tuple (G, G')"
+        got = unpacked(got, "G", "G'")
         first, second = (torch.tensor(w, requires_grad=True) for w in (w1, w2))
         before = _gradients(first, second, x, t)
         moved = (first - lr * before[0]).detach().requires_grad_()

@@ -8,7 +8,7 @@ from torch import nn
 
 import normlib
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, says, unpacked
 
 
 @exercise(
@@ -75,8 +75,7 @@ def merge(answer) -> None:
         ]
         values = numpy.concatenate(parts)
         got = answer(part.copy() for part in parts)
-        pair = isinstance(got, tuple | list) and len(got) == 2
-        assert pair, "expected a pair: mean, variance"
+        got = unpacked(got, "mean", "variance")
         mean, var = (array(part, (2,)) for part in got)
         where = f"batches of {sizes}, mean about {center:g}"
         says("mean", mean - center, values.mean(0) - center, where)
@@ -130,9 +129,7 @@ def _fold(answer, kind, bias: bool, affine: bool, inward: int) -> None:
     norm = _used(normlib.BatchNorm2d(4, eps=0.1, affine=affine))
     kept = copy.deepcopy(layer.state_dict())
     where = f"{kind.__name__}, {bias=}, {affine=}"
-    got = answer(layer, norm)
-    pair = isinstance(got, tuple | list) and len(got) == 2
-    assert pair, "expected a pair: weight, bias"
+    got = unpacked(answer(layer, norm), "weight", "bias")
     for name, value in layer.state_dict().items():
         assert torch.equal(kept[name], value), (
             f"it changed the layer ({where})"

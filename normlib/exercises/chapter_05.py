@@ -4,7 +4,7 @@ import numpy
 
 from normlib import reference
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, has_keys, says, unpacked
 
 _KINDS = ("batch", "layer", "instance", "group", "rms")
 
@@ -103,9 +103,7 @@ def rms_backward(answer) -> None:
     for eps in (1e-5, 0.5):
         x, dy = rng.normal(1.0, 2.0, size=(2, 6, 5))
         weight = rng.uniform(0.5, 2, 5)
-        got = answer(dy, x, weight, eps)
-        two = isinstance(got, tuple | list) and len(got) == 2
-        assert two, "expected two arrays, (dx, dweight)"
+        got = unpacked(answer(dy, x, weight, eps), "dx", "dweight")
         _, cache = reference.rms_norm(x, (5,), weight, eps)
         dx, dweight, _ = reference.normalize_backward(dy, cache)
         pairs = (("dx", dx), ("dweight", dweight.ravel()))
@@ -125,10 +123,7 @@ _BLIND = ((1,), (0, 1), (3,))
 )
 def blind(answer) -> None:
     """Which of six changes each of three norms does not notice."""
-    assert isinstance(answer, dict), f"expected a dict, got {answer!r}"
-    assert set(answer) == set(_BLIND), (
-        f"expected the keys {_BLIND}, got {tuple(answer)}"
-    )
+    has_keys(answer, _BLIND)
     for norm in _BLIND:
         letters = set | frozenset | list | tuple | str
         iterable = isinstance(answer[norm], letters)

@@ -5,7 +5,7 @@ import math
 import numpy
 
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, says, unpacked
 
 
 @exercise(
@@ -113,11 +113,8 @@ def ghost(answer) -> None:
     for n, size, momentum in ((12, 4, 0.1), (6, 6, 0.5), (8, 2, 0.01)):
         x = rng.normal(2.0, [1.0, 3.0, 0.5], size=(n, 3))
         x += numpy.arange(n)[:, None]
-        got = answer(x.copy(), size, momentum)
-        triple = isinstance(got, tuple) and len(got) == 3
-        assert triple, (
-            "expected the tuple (output, running mean, running variance)"
-        )
+        names = "output", "running mean", "running variance"
+        got = unpacked(answer(x.copy(), size, momentum), *names)
         parts = numpy.split(x, n // size)
         y = [(p - p.mean(0)) / numpy.sqrt(p.var(0) + 1e-5) for p in parts]
         mean, var = numpy.zeros(3), numpy.ones(3)

@@ -7,7 +7,7 @@ import numpy
 import torch
 
 from normlib.exercises import exercise
-from normlib.exercises.compare import array
+from normlib.exercises.compare import array, has_keys, unpacked
 
 _BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 """Binary digits, the leading one included."""
@@ -27,9 +27,7 @@ def one_pass(answer) -> None:
         rng = numpy.random.default_rng(0)
         x = rng.normal(offset, 1.0, sum(sizes)).astype(numpy.float32)
         cuts = numpy.cumsum(sizes)[:-1]
-        got = answer(_stream(numpy.split(x, cuts)))
-        two = isinstance(got, tuple | list) and len(got) == 2
-        assert two, "expected two numbers, (mean, var)"
+        got = unpacked(answer(_stream(numpy.split(x, cuts))), "mean", "var")
         mean, var = (float(array(value, ())) for value in got)
         exact = x.astype(numpy.float64)
         where = f"mean {offset:g}, {len(sizes)} blocks"
@@ -71,10 +69,7 @@ class _Block32(numpy.ndarray):
 )
 def offset(answer) -> None:
     """``{dtype name: mu / sigma}`` where one pass has half of its digits."""
-    assert isinstance(answer, dict), f"expected a dict, got {answer!r}"
-    assert set(answer) == set(_BITS), (
-        f"expected the keys {tuple(_BITS)}, got {tuple(answer)}"
-    )
+    has_keys(answer, _BITS)
     found = {}
     for name, value in answer.items():
         assert value is not None, f"{name} is still open"
@@ -119,8 +114,7 @@ def merge(answer) -> None:
         m2[count == 0] = 0.0
         exact = numpy.concatenate(parts)
         got = answer(count.copy(), mean.copy(), m2.copy())
-        two = isinstance(got, tuple | list) and len(got) == 2
-        assert two, "expected two numbers, (mean, var)"
+        got = unpacked(got, "mean", "var")
         found = [float(array(value, ())) for value in got]
         where = f"mean {offset:g}, {len(empty)} empty parts"
         assert all(map(math.isfinite, found)), f"got {found} ({where})"
@@ -151,9 +145,7 @@ def stall(answer) -> None:
         halfway = math.ceil(0.7 / momentum)
         for step in range(1, math.ceil(8 / momentum) + 1):
             got = answer(running, rest, new, momentum)
-            two = isinstance(got, tuple | list) and len(got) == 2
-            assert two, "expected two tensors, (running, rest)"
-            running, rest = got
+            running, rest = unpacked(got, "running", "rest")
             for name, t in (("running", running), ("rest", rest)):
                 kept = isinstance(t, torch.Tensor) and (
                     t.dtype == torch.bfloat16

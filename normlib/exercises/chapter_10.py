@@ -4,7 +4,7 @@ import numpy
 
 from normlib import blocks
 from normlib.exercises import exercise
-from normlib.exercises.compare import array, says
+from normlib.exercises.compare import array, has_keys, says
 
 _PASSES = {
     "batch norm, evaluation, forward": 2,
@@ -30,10 +30,7 @@ _PASSES = {
 )
 def least_passes(answer) -> None:
     """``{what: passes}``: tensor passes that cannot be avoided."""
-    assert isinstance(answer, dict), f"expected a dict, got {answer!r}"
-    assert set(answer) == set(_PASSES), (
-        f"expected the keys {tuple(_PASSES)}, got {tuple(answer)}"
-    )
+    has_keys(answer, _PASSES)
     if None in answer.values():
         raise NotImplementedError
     wrong = [

@@ -14,6 +14,21 @@ def array(value, shape: tuple[int, ...] | None) -> numpy.ndarray:
     return found
 
 
+def unpacked(answer, *names: str) -> tuple | list:
+    """The answer itself; assert that it is a tuple or list of so many."""
+    fits = isinstance(answer, (tuple, list)) and len(answer) == len(names)
+    assert fits, f"expected the tuple ({', '.join(names)})"
+    return answer
+
+
+def has_keys(answer, keys) -> None:
+    """Assert that an answer is a dict with these keys."""
+    assert isinstance(answer, dict), f"expected a dict, got {answer!r}"
+    assert set(answer) == set(keys), (
+        f"expected the keys {tuple(keys)}, got {tuple(answer)}"
+    )
+
+
 def says(what: str, got, wanted, where: str) -> None:
     """Assert that two arrays agree, or name the entry that is most wrong."""
     got, wanted = (array(value, None) for value in (got, wanted))
