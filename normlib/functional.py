@@ -133,15 +133,13 @@ def batch_norm(
     """
     _check_activation(activation)
     norm = "batch_norm" if training else "evaluation"
-    considered = backends.considers(input, norm, weight)
+    considered = backends.considers(
+        input, norm, weight, bias, running_mean, running_var
+    )
     # Torch's kernel takes a number; under a compiler it may be a tensor.
     formula = training and isinstance(momentum, Tensor)
     args = (running_mean, running_var, weight, bias, training, momentum, eps)
     if (considered or formula) and _fits(_check_batch_norm, input, *args):
-        call = (input, channel_view(input.shape), weight, bias, eps)
-        kind = {"over_batch": True, "centered": True}
-        given = None if training else (running_mean, running_var)
-        found = None
         if considered and training and not formula and _free(input):
             running = None if running_mean is None else args[:2]
             y = backends.cpu.watched_batch_norm(
@@ -149,6 +147,10 @@ def batch_norm(
             )
             if y is not None:
                 return activate(y, activation)
+        call = (input, channel_view(input.shape), weight, bias, eps)
+        kind = {"over_batch": True, "centered": True}
+        given = None if training else (running_mean, running_var)
+        found = None
         if considered:
             wanted = running_mean is not None
             found = _normalize(
@@ -308,7 +310,7 @@ def group_norm(
     _check_activation(activation)
     _check_eps("group_norm", eps)
     args = (num_groups, weight, bias, eps)
-    if backends.considers(input, "group_norm", weight) and _fits(
+    if backends.considers(input, "group_norm", weight, bias) and _fits(
         _check_group_norm, input, *args
     ):
         if _free(input):
@@ -597,7 +599,7 @@ def fusible(x: Tensor) -> bool:
     A cheap question, which also says yes to some calls that are composed in
     the end.
     """
-    return backends.considers(x, "normalize", None, "fuse")
+    return backends.considers(x, "normalize", None, needed="fuse")
 
 
 _DTYPES = (torch.float64, torch.float32, *HALF)
@@ -643,7 +645,7 @@ def _normalize(
 def _add(norm, check, x, residual, args, *, bias, centered):
     """Add and normalize: y and the sum, in one kernel where that pays."""
     sizes, weight, *_, eps = args
-    asked = backends.considers(x, norm.__name__, weight, "fuse")
+    asked = backends.considers(x, norm.__name__, weight, needed="fuse")
     if asked and _fits(check, x, *args):
         call = (x, trailing_view(x.shape, sizes), weight, bias)
         kind = {"over_batch": False, "centered": centered}

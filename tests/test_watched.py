@@ -164,9 +164,9 @@ def test_where_the_backward_would_be_slow_or_wrong_it_is_declined():
         assert last_group(8, 4, x=True, weight=True) is not None
 
 
-def declined(x, weight=None, kind=torch.Tensor):
-    running = torch.zeros(4).as_subclass(kind), torch.ones(4)
-    found = cpu.watched_batch_norm(x, running, weight, None, 0.1, 1e-5)
+def declined(x):
+    running = torch.zeros(4), torch.ones(4)
+    found = cpu.watched_batch_norm(x, running, None, None, 0.1, 1e-5)
     return found is None and torch.equal(running[0], torch.zeros(4))
 
 
@@ -176,10 +176,29 @@ def test_what_is_not_watched():
     assert declined(draw((5, 4), dtype=torch.bfloat16))
     assert declined(draw((4, 5, 3, 3)).transpose(0, 1))
     assert not declined(draw((5, 4)))
-    assert declined(draw((5, 4)), torch.ones(4).as_subclass(Special))
-    assert declined(draw((5, 4)), kind=Special)
+
+
+@pytest.mark.usefixtures("every_size")
+def test_what_is_not_plain_is_not_watched(monkeypatch):
+    asked = []
+    for name in ("watched_batch_norm", "watched_group_norm"):
+        monkeypatch.setattr(cpu, name, lambda *call: asked.append(call))
+    x, last, ones = draw((5, 4)), draw((5, 4, 3, 3), last=True), torch.ones(4)
+    special = ones.as_subclass(Special)
+    batch = functional.batch_norm
+    batch(x, ones, ones, special, training=True)
+    batch(x, ones, ones, ones, special, training=True)
+    batch(x, special, ones, training=True)
+    batch(x, ones, special, training=True)
+    functional.group_norm(last, 2, special)
+    functional.group_norm(last, 2, ones, special)
     with torch.autocast("cpu"):
-        assert declined(draw((5, 4)))
+        batch(x, ones, ones, training=True)
+        functional.group_norm(last, 2)
+    assert not asked
+    batch(x, ones, ones, ones, ones, training=True)
+    functional.group_norm(last, 2, ones, ones)
+    assert len(asked) == 2
 
 
 class Special(torch.Tensor):

@@ -87,7 +87,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def considers(
-    x: Tensor, norm: str, weight: Tensor | None, needed: str = "normalize"
+    x: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    *others: Tensor | None,
+    needed: str = "normalize",
 ) -> bool:
     """Whether a backend of ours may serve a call at all.
 
@@ -100,6 +104,7 @@ def considers(
         norm: a row of :data:`normlib.axes.TABLE`, ``"evaluation"``, or
             ``"normalize"`` for a view that may be any of them.
         weight: the scale, or None.
+        others: what else must be :func:`plain <normlib.backends.fused.plain>`.
         needed: the function that a backend must have for it.
     """
     if _forced is not None:
@@ -110,7 +115,7 @@ def considers(
         return False
     for module in BACKENDS.values():
         if hasattr(module, needed) and size >= module.least(norm, x, weight):
-            return fused.plain(x)
+            return fused.plain(x, weight, *others)
     return False
 
 

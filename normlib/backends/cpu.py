@@ -240,7 +240,7 @@ def watched_batch_norm(
     Args:
         x: plain, (N, C) or with its channels last.
         running: mean and variance, which move; or None.
-        weight: (C,), or None.
+        weight: (C,), or None; plain, as are all.
         bias: (C,), or None.
         momentum: of the running statistics.
         eps: added to the variance.
@@ -250,21 +250,19 @@ def watched_batch_norm(
         sums are too long, or the channels few; then the running statistics
         are as they were.
     """
+    rows = len(x) * math.prod(x.shape[2:])
+    if x.shape[1] < NARROW or not _watched(x, rows // torch.get_num_threads()):
+        return None
+    before = None if running is None else torch.stack(running)
     mine = running or (None, None)
-    if not _watched(x, weight, bias, *mine):
-        return None
-    rows = x.numel() // x.shape[1]
-    narrow = x.shape[1] < NARROW
-    if narrow or _long(x, rows // torch.get_num_threads()):
-        return None
-    before = [r.clone() for r in running or ()]
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, *mine, True, momentum, eps
     )
     if _modest(mean, rstd, 10):
         return y
-    for r, old in zip(mine, before, strict=False):
-        r.data.copy_(old)
+    if running is not None:
+        for r, old in zip(running, before, strict=True):
+            r.data.copy_(old)
     return None
 
 
@@ -293,16 +291,12 @@ def watched_group_norm(
         alone, in torch 2.13).
     """
     n, c = x.shape[:2]
-    if c == num_groups or x.is_contiguous():
-        return None
-    if not _watched(x, weight, bias):
+    positions = math.prod(x.shape[2:])
+    if c == num_groups or x.is_contiguous() or not _watched(x, positions):
         return None
     learned = [p for p in (weight, bias) if p is not None and p.requires_grad]
     graph = torch.is_grad_enabled() and bool(learned or x.requires_grad)
     if graph and (c == 2 * num_groups or not x.requires_grad):
-        return None
-    positions = x.numel() // (n * c)
-    if _long(x, positions):
         return None
     y, mean, rstd = torch.native_group_norm(
         x, weight, bias, n, c, positions, num_groups, eps
@@ -310,14 +304,14 @@ def watched_group_norm(
     return y if _modest(mean, rstd, 1) else None
 
 
-def _watched(x, *others):
-    """Whether torch adds in long chains here, and it is worth a look."""
+def _watched(x, chain):
+    """Whether torch adds in chains here, and a look shows what is lost."""
     return (
         x.numel() >= WATCHED
         and x.dtype in _DTYPES
         and (x.dim() == 2 or not x.is_contiguous())
         and fused.layout(x) is not None
-        and fused.plain(x, *others)
+        and not _long(x, chain)
     )
 
 
@@ -847,8 +841,7 @@ def _near(mean, var, limit):
 
 def _modest(mean, rstd, limit):
     """The same, by the inverse of the standard deviation."""
-    low, high = torch.aminmax(mean * rstd)
-    return low.item() >= -limit and high.item() <= limit
+    return torch.linalg.vector_norm(mean * rstd, math.inf).item() <= limit
 
 
 def _merged(mean, var, axes):
@@ -883,8 +876,8 @@ _BATCH_COLUMNS = _Path(
     # What torch's kernel is fast for comes here where it loses digits.
     lambda x, view: (
         _narrow(x, view)
-        or x.numel() >= 2**19
-        and (_torch_is_fast(x, view) or view.N >= 32)
+        or (x.numel() >= 2**19 and _torch_is_fast(x, view))
+        or (x.numel() >= 2**19 and view.N >= 32)
     ),
 )
 _COLUMNS = _Path(
