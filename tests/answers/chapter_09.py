@@ -61,6 +61,38 @@ def wide(blocks):
     return x.mean(), x.var()
 
 
+def wide_means(blocks):
+    """Blocks merged, but with means in float64."""
+    count, mean, var = 0, 0.0, 0.0
+    for block in blocks:
+        share = len(block) / (count + len(block))
+        middle = block.sum(dtype=np.float64) / len(block)
+        within = ((block - middle) ** 2).mean()
+        delta = middle - mean
+        mean += share * delta
+        var = (1 - share) * (var + share * delta**2) + share * within
+        count += len(block)
+    return mean, var
+
+
+def wide_copies(blocks):
+    x = np.concatenate([np.array(b, np.float64) for b in blocks])
+    return x.mean(), x.var()
+
+
+def python_numbers(blocks):
+    """float32 sums, and at the end numbers of Python's."""
+    shift, count, total, squares = None, 0, np.float32(0), np.float32(0)
+    for block in blocks:
+        shift = block[0] if shift is None else shift
+        rest = block - shift
+        count += len(rest)
+        total += rest.sum()
+        squares += (rest * rest).sum()
+    mean = float(total) / count
+    return float(shift) + mean, float(squares) / count - mean**2
+
+
 def averaged(blocks):
     both = [(b.mean(), b.var()) for b in blocks]
     return tuple(np.mean(both, axis=0))
@@ -110,7 +142,10 @@ RIGHT = {
 }
 
 ALSO_RIGHT = {
-    "ch9-one-pass": {"merged blocks": merged},
+    "ch9-one-pass": {
+        "merged blocks": merged,
+        "Python's numbers at the end": python_numbers,
+    },
     "ch9-offset": {
         "rounded": {
             "float16": 7,
@@ -130,6 +165,8 @@ WRONG = {
         "the textbook formula": textbook,
         "clipped at 0": clipped,
         "in float64": wide,
+        "means in float64": wide_means,
+        "copies in float64": wide_copies,
         "average of the variances": averaged,
         "the mean forgotten": lambda blocks: shifted(blocks)[1],
         "all blocks kept": lambda blocks: shifted(list(blocks)),
