@@ -308,29 +308,53 @@ def test_the_allocator_is_pinned_once(monkeypatch):
     assert len(started) == 1
 
 
+def visit(torchs, ours):
+    """A second for each sample of torch.nn, both passes twice as long."""
+    samples = {
+        backward: {
+            "torch": [torchs * (1 + backward)] * 3,
+            "normlib": [ours * (1 + backward)] * 3,
+        }
+        for backward in (False, True)
+    }
+    memory = {"torch": 8, "normlib": 8}
+    return speed.Measured(samples, memory, {False: {}, True: {}})
+
+
+def test_what_one_visit_met_does_not_decide():
+    row, visits = speed.ROWS[0], [visit(3.0, 2.0), visit(9.0, 9.0)]
+    visits += [visit(4.0, 2.0)]
+    forward, both = speed.lines_of(row, torch.float32, visits, copy=1e9)
+    assert forward["samples"] == 9
+    told = forward["results"]["normlib"]
+    assert told["ratio"] == 1.5
+    assert told["ms"][1] == 2000.0
+    assert both["results"]["torch"]["ms"][1] == 8000.0
+    assert told["gbs"] == round(3 * 4 * row.elements / 2.0 / 1e9, 2)
+    assert forward["memory"] is None
+    assert both["memory"]["normlib"] == 8
+    assert "wall" not in told
+
+
 def test_a_run_that_is_broken_off_leaves_what_it_reached(
     monkeypatch, tmp_path
 ):
-    measured = []
-
     def measure(row, dtype, *args):
         if row == speed.QUICK[1]:
             raise KeyboardInterrupt
-        measured.append(line(row.name, 1.0, 1.0, title=row.title))
-        return measured[-1:]
+        return visit(1.0, 1.0)
 
     monkeypatch.setattr(speed, "ready", lambda device: None)
     monkeypatch.setattr(speed, "measure", measure)
-    monkeypatch.setattr(speed, "shown", str)
     argv = ["speed", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(KeyboardInterrupt):
         speed.main()
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text("utf-8"))
-    assert record["speed"] == measured
-    reached = speed.QUICK[0].title
-    assert {check["title"] for check in record["checks"]} == {reached}
+    reached = {speed.QUICK[0].title}
+    assert {line["title"] for line in record["speed"]} == reached
+    assert {check["title"] for check in record["checks"]} == reached
     others = sorted(row.title for row in speed.QUICK[1:])
     assert record["missing"] == others
 
