@@ -174,11 +174,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
     """``weight * (x - mean) * rstd + bias`` over the view.
 
-    Returns:
-        y, new, in the shape, dtype and memory format of x; mean and biased
-        var of shape (N, G), or (G,) where ``over_batch``; for the backward,
-        mean and rstd. mean is None where not ``centered``; var is None where
-        not ``over_batch``.
+    As :mod:`normlib.backends.fused` asks for it: mean is None where not
+    ``centered``, var where not ``over_batch``, and kept are mean and rstd.
     """
     path = _path(x, view, weight, bias, over_batch, centered)
     weight, bias = fused.flat(weight), fused.flat(bias)
@@ -199,18 +196,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dx = rstd * (g - ⟨g⟩ - xhat * ⟨g * xhat⟩)`` with ``g = dy * weight``.
 
-    Args:
-        dy: of the shape of x, with any strides.
-        x: the forward's input, as are view and weight.
-        view: of x.
-        weight: G·K values, or None.
-        kept: mean and rstd from :func:`forward`.
-        needs: whether dx, dweight and dbias are wanted.
-        over_batch: whether the statistics ran over the instances.
-        centered: whether the mean was subtracted.
-
-    Returns:
-        dx, dweight and dbias; None in place of what is not wanted.
+    As :mod:`normlib.backends.fused` asks for it.
     """
     if weight is None and any(needs[1:]):  # not saved, or never there
         weight = torch.ones(view.G * view.K, dtype=x.dtype)
