@@ -993,44 +993,44 @@ def main():
     tests = {"tests": tested()} if whole else {}
     copy = copy_speed(device, 2**16 if told.quick else 2**26)
     budget = {"cpu": 1.0, "cuda": 0.4}[device] * (not told.quick)
-    checks, lines = [], []
+    checks = []
     for dtype in dtypes:
         print(f"normlib: validating {short(dtype)}", flush=True)
         for row in rows:
             about_row = {"title": row.title, "dtype": short(dtype)}
             for check in validate(row, dtype, device):
                 checks.append({**about_row, **check})
-    print(f"normlib: a copy moves {copy / 1e9:.1f} GB/s\n{HEAD}", flush=True)
+    print(f"normlib: a copy moves {copy / 1e9:.1f} GB/s", flush=True)
     visits = {(row, dtype): [] for row in rows for dtype in dtypes}
+    found = {}
     turns = 1 if told.quick else VISITS[device]
-    for turn, row in itertools.product(range(turns), rows):
-        for dtype in dtypes:
-            measured = visits[row, dtype]
-            measured.append(measure(row, dtype, device, budget))
-            if turn == turns - 1:
-                for line in lines_of(row, dtype, measured, copy):
-                    print(shown(line), flush=True)
-            torch.compiler.reset()
-        reached = {key: v for key, v in visits.items() if v}
-        lines = [
-            line
-            for (row, dtype), measured in reached.items()
-            for line in lines_of(row, dtype, measured, copy)
-        ]
-        titles = {row.title for row, _ in reached}
-        checked = [c for c in checks if c["title"] in titles]
-        left = sorted({row.title for row in rows} - titles)
-        record = {
-            "provenance": about,
-            "allocator": allocator(),
-            "copy_gbs": round(copy / 1e9, 2),
-            **tests,
-            "goals": judge(lines, checked, device),
-            "speed": lines,
-            "checks": checked,
-            **({"missing": left} if left else {}),
-        }
-        written = record_in(told.out, record)  # so that little can be lost
+    for turn in range(1, turns + 1):
+        print(f"normlib: visit {turn} of {turns}", flush=True)
+        if turn == turns:
+            print(HEAD, flush=True)
+        for row in rows:
+            for dtype in dtypes:
+                seen = visits[row, dtype]
+                seen.append(measure(row, dtype, device, budget))
+                found[row, dtype] = lines_of(row, dtype, seen, copy)
+                if turn == turns:
+                    print(*map(shown, found[row, dtype]), sep="\n", flush=True)
+                torch.compiler.reset()
+            lines = list(itertools.chain.from_iterable(found.values()))
+            titles = {line["title"] for line in lines}
+            checked = [c for c in checks if c["title"] in titles]
+            left = sorted({row.title for row in rows} - titles)
+            record = {
+                "provenance": about,
+                "allocator": allocator(),
+                "copy_gbs": round(copy / 1e9, 2),
+                **tests,
+                "goals": judge(lines, checked, device),
+                "speed": lines,
+                "checks": checked,
+                **({"missing": left} if left else {}),
+            }
+            written = record_in(told.out, record)  # little can be lost
     print("\n".join(map(verdict, record["goals"])))
     print(f"normlib: recorded in {written}")
 
