@@ -104,7 +104,7 @@ def considers(
         norm: a row of :data:`normlib.axes.TABLE`, ``"evaluation"``, or
             ``"normalize"`` for a view that may be any of them.
         weight: the scale, or None.
-        others: what else must be :func:`plain <normlib.backends.fused.plain>`.
+        others: what else must be an ordinary tensor, or None.
         needed: the function that a backend must have for it.
     """
     if _forced is not None:
