@@ -12,6 +12,7 @@ import torch
 from cases import Case
 from cases import draw as draw_case
 
+import normlib
 from benchmarks.speed import traced_peak
 from normlib import backends, functional, reference
 from normlib.backends import cpu
@@ -482,3 +483,18 @@ def test_both_passes_hold_no_more_than_torchs(case, last):
 
 def test_backend_is_listed():
     assert "cpu" in backends.available()
+
+
+@pytest.mark.parametrize("size", [35, 64, 112])
+def test_planes_of_one_value_each_have_a_mean(size):
+    """Where each sum of a row is a chain of equal roundings."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 1, 1, generator=g)
+    x = x.expand(8, 64, size, size).contiguous()
+    layer = normlib.BatchNorm2d(64, momentum=1.0)
+    y, exact = layer(x), x[:, :, 0, 0].double()
+    assert "Fused" in type(y.grad_fn).__name__
+    mean, std = exact.mean(0), (exact.var(0, correction=0) + 1e-5).sqrt()
+    assert ((layer.running_mean - mean) / std).abs().max() < 1e-6
+    want = ((exact - mean) / std)[:, :, None, None]
+    assert (y - want).abs().max() < 5e-6

@@ -266,6 +266,22 @@ def test_few_channels_are_not_left_to_torch(layer, shape, mean):
         assert off(got, want) < 2e-7 * max(mean, 10.0)
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype", "few"),
+    [
+        (8, torch.float32, False),
+        (7, torch.float32, True),
+        (4, torch.float64, False),
+        (3, torch.float64, True),
+    ],
+)
+def test_few_channels_are_not_those_that_fill_a_vector(channels, dtype, few):
+    y = normlib.BatchNorm1d(channels, dtype=dtype)(
+        draw((2**17, channels), dtype=dtype)
+    )
+    assert ("Fused" in type(y.grad_fn).__name__) == few
+
+
 # Layer norm with a weight of ones
 
 

@@ -59,10 +59,10 @@ LARGE = 2**21
 """With so many positions, or without so many values, torch's backward of
 batch norm is fast."""
 
-NARROW = 2**4
+NARROW = 2**6
 ROWS = 2**16
-"""With so few channels, and so many rows, torch's batch norm of columns is
-slow: it does each row by itself."""
+"""With rows of fewer bytes, which are no whole vectors, and so many of them,
+torch's batch norm of columns is slow: it does each row by itself."""
 
 UNIT = 2**16
 """With fewer values torch's layer norm gains nothing by a weight of ones."""
@@ -135,8 +135,7 @@ def least(norm: str, x: Tensor, weight: Tensor | None) -> float:
         return 0
     columns = x.dim() == 2 or (x.dim() > 2 and not x.is_contiguous())
     if norm == "batch_norm" and columns:
-        channels = x.shape[1]
-        return ROWS * channels if channels < NARROW else WATCHED
+        return ROWS * x.shape[1] if _odd(x) else WATCHED
     if not x.is_contiguous():
         path = _CHANNELS_LAST.get(norm)
         return math.inf if path is None else path.least
@@ -237,18 +236,17 @@ def watched_batch_norm(
         are as they were.
     """
     rows = len(x) * math.prod(x.shape[2:])
-    if x.shape[1] < NARROW or not _watched(x, rows // torch.get_num_threads()):
+    if _odd(x) or not _watched(x, rows // torch.get_num_threads()):
         return None
-    before = None if running is None else torch.stack(running)
+    before = [r.clone() for r in running or ()]
     mine = running or (None, None)
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, *mine, True, momentum, eps
     )
     if _modest(mean, rstd, 10):
         return y
-    if running is not None:
-        for r, old in zip(running, before, strict=True):
-            r.data.copy_(old)
+    for r, old in zip(running or (), before, strict=True):
+        r.data.copy_(old)
     return None
 
 
@@ -384,7 +382,7 @@ def _planes_forward(x, view, weight, bias, eps):
 def _planes_moments(x, view):
     """The mean and the biased variance of each channel, in float64."""
     n, c, _, m = view
-    length = _part(m, CHAIN)
+    length = _part(m, CHAIN // 8)
     if length <= CHAIN:
         # With dy = x and xhat = x these are what a variance is made of.
         rows = x.view(1, -1, length)
@@ -456,7 +454,13 @@ def _torch_is_fast(x, view):
 
 def _narrow(x, view):
     """Whether they are few and long."""
-    return view.G * view.K < NARROW and view.N * view.M >= ROWS
+    return _odd(x) and view.N * view.M >= ROWS
+
+
+def _odd(x):
+    """Whether the channels of a row are few, and no whole vectors."""
+    width = x.shape[1] * x.element_size()
+    return width < NARROW and width % 32 > 0
 
 
 def _columns_forward(x, view, weight, bias, eps, *, over_batch):
