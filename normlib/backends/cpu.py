@@ -11,7 +11,8 @@ for which:
   group norm with one group a row; backward, batch norm with one channel a
   row. Layer norm without a weight: torch's own, with a weight of ones.
 * Columns (channels last, dense layers, images of few positions): batch norm's
-  kernel for columns, on parts that are short enough to keep their digits.
+  kernel for columns, on parts that are short enough to keep their digits,
+  side by side, so that few long columns are many short ones and fill vectors.
   Their moments merge: over the batch, or over the channels of a group. Where
   torch's own kernel is as fast, it is called first, and its statistics say
   whether it has kept its digits.
