@@ -236,7 +236,6 @@ def test_a_long_chain_is_not_left_to_float32(layer, last):
 @pytest.mark.usefixtures("every_size")
 def test_float64_is_left_to_torch_at_any_length(monkeypatch):
     monkeypatch.setattr(cpu, "CHAIN_OF_TORCH", 3)
-    monkeypatch.setattr(cpu, "NARROW", 0)
     kinds = ((torch.float32, True), (torch.float64, False))
     for dtype, too_long in kinds:
         x, ones = draw((40, 4), dtype=dtype), torch.ones(4, dtype=dtype)

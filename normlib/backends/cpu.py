@@ -224,9 +224,9 @@ def watched_batch_norm(
     loses a hundred times more than it must.
 
     Args:
-        x: plain, (N, C) or with its channels last.
+        x: (N, C) or with its channels last; plain, as are the others.
         running: mean and variance, which move; or None.
-        weight: (C,), or None; plain, as are all.
+        weight: (C,), or None.
         bias: (C,), or None.
         momentum: of the running statistics.
         eps: added to the variance.
@@ -263,7 +263,7 @@ def watched_group_norm(
     It takes E[x^2] - E[x]^2 in float32.
 
     Args:
-        x: plain, (N, C, ...).
+        x: (N, C, ...); plain, as are the others.
         num_groups: G, a divisor of C.
         weight: (C,), or None.
         bias: (C,), or None.
@@ -424,15 +424,15 @@ def _planes_backward(dy, x, view, weight, mean, rstd, needs):
     dx = None
     if needs[0]:
         line = _line(view, weight, mean, rstd, *sums, n * m)
-        scale, slope, offset = (p.view(c, 1) for p in line)
+        scale, slope, offset = (p.view(c) for p in line)
         zeros = torch.zeros_like(rstd)
         # Batch norm in evaluation: slope * x + offset.
         dx, _, _ = torch.native_batch_norm(
-            *(x, slope.view(c), offset.view(c), zeros, zeros + 1),
-            *(False, 0.0, 0.0),
+            *(x, slope, offset, zeros, zeros + 1, False, 0.0, 0.0)
         )
         planes = dx.view(n, c, m)
-        torch.addcmul(planes, dy.view(n, c, m), scale, out=planes)
+        parts = planes, dy.view(n, c, m), scale.view(c, 1)
+        torch.addcmul(*parts, out=planes)
     return _wanted((dx, *sums), needs)
 
 
@@ -867,8 +867,7 @@ _BATCH_COLUMNS = _Path(
     # What torch's kernel is fast for comes here where it loses digits.
     lambda x, view: (
         _narrow(x, view)
-        or (x.numel() >= 2**19 and _torch_is_fast(x, view))
-        or (x.numel() >= 2**19 and view.N >= 32)
+        or (x.numel() >= 2**19 and (_torch_is_fast(x, view) or view.N >= 32))
     ),
 )
 _COLUMNS = _Path(
