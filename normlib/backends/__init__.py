@@ -158,10 +158,11 @@ def pick(
     names = BACKENDS if _forced is None else (_forced,)
     for name in names:
         module = BACKENDS[name]
-        serves = hasattr(module, needed)
-        if not serves or not module.supports(*call, **kind):
-            continue
-        if _forced is not None or module.pays(*call, **kind):
+        if (
+            hasattr(module, needed)
+            and (_forced is not None or module.pays(*call, **kind))
+            and module.supports(*call, **kind)
+        ):
             return module
     if _forced is None or extras is not None:
         return None

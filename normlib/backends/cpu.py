@@ -236,8 +236,10 @@ def watched_batch_norm(
         sums are too long, or the channels few; then the running statistics
         are as they were.
     """
+    if _odd(x) or not _watched(x):
+        return None
     rows = len(x) * math.prod(x.shape[2:])
-    if _odd(x) or not _watched(x, rows // torch.get_num_threads()):
+    if _long(x, rows // torch.get_num_threads()):
         return None
     before = [r.clone() for r in running or ()]
     mine = running or (None, None)
@@ -277,7 +279,9 @@ def watched_group_norm(
     """
     n, c = x.shape[:2]
     positions = math.prod(x.shape[2:])
-    if c == num_groups or x.is_contiguous() or not _watched(x, positions):
+    if c == num_groups or x.is_contiguous() or not _watched(x):
+        return None
+    if _long(x, positions):
         return None
     learned = [p for p in (weight, bias) if p is not None and p.requires_grad]
     graph = torch.is_grad_enabled() and bool(learned or x.requires_grad)
@@ -289,14 +293,13 @@ def watched_group_norm(
     return y if _modest(mean, rstd, 1) else None
 
 
-def _watched(x, chain):
-    """Whether torch adds in chains here, and a look shows what is lost."""
+def _watched(x):
+    """Whether torch adds in chains here, and a look is worth its time."""
     return (
         x.numel() >= WATCHED
         and x.dtype in _DTYPES
         and (x.dim() == 2 or not x.is_contiguous())
         and fused.layout(x) is not None
-        and not _long(x, chain)
     )
 
 
@@ -388,8 +391,9 @@ def _planes_moments(x, view):
         # With dy = x and xhat = x these are what a variance is made of.
         rows = x.view(1, -1, length)
         zeros, ones = x.new_zeros(len(rows[0])), x.new_ones(len(rows[0]))
-        found = torch.stack(_sums(rows, rows, zeros, ones)).double()
-        square, mean = found.view(2, n, c, -1).sum((1, 3)).div_(n * m)
+        found = torch.stack(_sums(rows, rows, zeros, ones))
+        found = found.view(2, n, c, -1).sum((1, 3), dtype=torch.float64)
+        square, mean = found.div_(n * m)
         var = torch.addcmul(square, mean, mean, value=-1)
         # A mean away from 0 has eaten the digits of the difference.
         if _near(mean, var, 3):
@@ -565,7 +569,7 @@ def _to_columns(p, seen, view):
 def _column_moments(x):
     """The moments over the second axis of (N, rows, columns), in float64."""
     n, rows, columns = x.shape
-    parts = max(1, rows // CHAIN_OF_COLUMNS)
+    parts = _parts(rows, CHAIN_OF_COLUMNS)
     head = rows // parts * parts
     found = _stacked(x[:, :head].unflatten(1, (-1, parts)).flatten(2))
     mean, var = _merged(*(p.view(n, parts, columns) for p in found), 1)
@@ -585,7 +589,7 @@ def _stacked(x):
 def _column_sums(dy, x, mean, rstd, chain):
     """The sums of dy * xhat and of dy over the second axis, (N, columns)."""
     n, rows, columns = x.shape
-    parts = max(1, rows // chain)
+    parts = _parts(rows, chain)
     head = rows // parts * parts
     each = [p.repeat(1, parts) for p in (mean, rstd)]
     cut = (t[:, :head].unflatten(1, (-1, parts)).flatten(2) for t in (dy, x))
@@ -601,6 +605,16 @@ def _each_sums(*parts):
     return [torch.stack(p) for p in zip(*found, strict=True)]
 
 
+def _parts(rows, chain):
+    """How many parts make sums of about that length.
+
+    Parts of one size, if there are such; else some rows are left over.
+    """
+    least = max(1, rows // chain)
+    near = range(least, least + 16)
+    return next((parts for parts in near if rows % parts == 0), least)
+
+
 # Rows of contiguous values, one weight to a row
 
 
@@ -610,7 +624,7 @@ def _rows_forward(x, view, weight, bias, eps):
         x.view(n, g, k * m), weight, bias, n, g, k * m, g, eps
     )
     # Only instance norm: torch's layer and group norm sum in float32 too.
-    if k == 1 and not _near(mean, rstd.pow(-2), FAR):
+    if k == 1 and not _modest(mean, rstd, FAR):
         del y
         parts = (None if p is None else p.repeat(n) for p in (weight, bias))
         y, mean, rstd = torch.native_batch_norm(
@@ -800,7 +814,8 @@ def _line(view, weight, mean, rstd, dweight, dbias, count):
             (s * weight).sum(2, keepdim=True).mul_(rstd)
             for s in (gxhat, gmean)
         )
-    slope = (gxhat * rstd).div_(-count)
+    # Rounded now, so that its rounding does not move the mean.
+    slope = (gxhat * rstd).div_(-count).to(dtype)
     offset = torch.addcmul(gmean.div_(-count), mean, slope, value=-1)
     line = (scale, slope, offset)
     return [p.to(dtype).expand(scale.shape) for p in line]

@@ -192,7 +192,9 @@ def fuse(
 
 def flat(p: Tensor | None) -> Tensor | None:
     """A weight or bias as kernels read it: one value after the other."""
-    return None if p is None else p.reshape(-1).contiguous()
+    if p is None or (p.dim() == 1 and p.is_contiguous()):
+        return p
+    return p.reshape(-1).contiguous()
 
 
 class _Call(NamedTuple):
