@@ -182,6 +182,9 @@ class _Language:
     def num_programs(self, axis):
         return _block(self.place[1][axis])
 
+    def range(self, *ends, num_stages=None):
+        return map(_block, range(*ends))
+
     def arange(self, start, end):
         size = end - start
         if size & (size - 1) or size < 1:
@@ -272,7 +275,7 @@ def _translated(kernel):
         if not isinstance(value, type) and name in function.__code__.co_names
     }
     world["tl"] = language
-    world["range"] = lambda *ends: map(_block, range(*ends))
+    world["range"] = language.range
     world["__builtins__"] = __builtins__
     return types.FunctionType(
         function.__code__,

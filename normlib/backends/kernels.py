@@ -16,6 +16,8 @@ All arithmetic is in float32. There are no atomics: partial sums are written
 and added up by a second kernel, so that a run repeats to the last bit.
 Offsets are 64 bits wide where they multiply a row. A pointer that is None is
 a constant of the compilation: what is asked of it costs nothing later.
+The loops over memory have STAGES: while one block is worked on, the next ones
+are on their way.
 
 Imported only where Triton is; ``normlib.backends.triton`` calls it.
 Chapter 10.
@@ -87,6 +89,7 @@ def trailing_backward(
     columns,
     CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,7 +103,8 @@ def trailing_backward(
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) * ROWS
-    for first in range(tl.program_id(0) * ROWS, rows, step):
+    begin = tl.program_id(0) * ROWS
+    for first in tl.range(begin, rows, step, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < columns)
         start = row.to(tl.int64) * columns
@@ -149,6 +153,7 @@ def long_forward(
     eps,
     CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row in blocks: merge their moments, then read them again."""
@@ -164,7 +169,7 @@ def long_forward(
     start = 0.0
     if CENTERED:
         start = _read(x_ptr, residual_ptr, 0, True)
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
         x = _read(x_ptr, residual_ptr, column, inside)
@@ -186,7 +191,7 @@ def long_forward(
     tl.store(rstd_ptr + row, rstd)
     if CENTERED:
         tl.store(mean_ptr + row, mean)
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
         x = _read(x_ptr, residual_ptr, column, inside)
@@ -209,6 +214,7 @@ def long_backward(
     columns,
     CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Dx of one row in blocks: its two sums, then the row again."""
@@ -226,7 +232,7 @@ def long_backward(
         mean = tl.load(mean_ptr + row)
     g_sum = tl.zeros((BLOCK,), tl.float32)
     gxhat_sum = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
         dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -238,7 +244,7 @@ def long_backward(
         gxhat_sum += g * xhat
     g_mean = tl.sum(g_sum, 0) / columns
     gxhat_mean = tl.sum(gxhat_sum, 0) / columns
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         inside = column < columns
         dy = tl.load(dy_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -269,6 +275,7 @@ def long_sums(
     columns,
     CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -278,7 +285,8 @@ def long_sums(
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(1) * ROWS
-    for first in range(tl.program_id(1) * ROWS, rows, step):
+    begin = tl.program_id(1) * ROWS
+    for first in tl.range(begin, rows, step, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < columns)
         start = row.to(tl.int64) * columns
@@ -565,6 +573,7 @@ def channel_moments(
     per_split,
     CENTERED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -588,7 +597,7 @@ def channel_moments(
     count = tl.zeros((CHANNELS, INNER), tl.float32)
     mean = tl.zeros((CHANNELS, INNER), tl.float32)
     m2 = tl.zeros((CHANNELS, INNER), tl.float32)
-    for block in range(first, last):
+    for block in tl.range(first, last, num_stages=STAGES):
         at, inside = _place(
             base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
@@ -692,6 +701,7 @@ def channel_affine(
     channel_stride,
     per_split,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -714,7 +724,7 @@ def channel_affine(
     base = base + channel.to(tl.int64) * channel_stride
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
-    for back in range(last - first):
+    for back in tl.range(last - first, num_stages=STAGES):
         block = last - 1 - back
         at, inside = _place(
             base, block, lane, known, inner, outer_stride, inner_stride, INNER
@@ -745,6 +755,7 @@ def channel_sums(
     channel_stride,
     per_split,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -767,7 +778,7 @@ def channel_sums(
     last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
     dweight = tl.zeros((CHANNELS, INNER), tl.float32)
     dbias = tl.zeros((CHANNELS, INNER), tl.float32)
-    for block in range(first, last):
+    for block in tl.range(first, last, num_stages=STAGES):
         at, inside = _place(
             base, block, lane, known, inner, outer_stride, inner_stride, INNER
         )
@@ -842,6 +853,7 @@ def channel_dx(
     size,
     CENTERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -865,7 +877,7 @@ def channel_dx(
     base = base + channel.to(tl.int64) * channel_stride
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, outer * tl.cdiv(inner, INNER))
-    for back in range(last - first):
+    for back in tl.range(last - first, num_stages=STAGES):
         block = last - 1 - back
         at, inside = _place(
             base, block, lane, known, inner, outer_stride, inner_stride, INNER

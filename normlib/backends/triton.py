@@ -35,6 +35,26 @@ FEW = 2**11
 LONG_BLOCK = 2**13
 """The values of a row longer than a tile that are read at a time."""
 
+WIDE = 2**13
+"""The longest rows whose sums over rows fit the registers of a program, with
+the row itself. Beyond it layer norm's backward reads x and dy twice."""
+
+EACH = 16
+"""The values of a tile to each thread; half as many where dy is beside x."""
+
+PROGRAMS = 2
+"""Programs to a multiprocessor, where each takes many rows."""
+
+SPLITS = 4
+"""The same, where they take parts of channels."""
+
+STAGES = 3
+"""How many blocks of a loop are worked on or on their way."""
+
+SHARED = 2**15
+"""Bytes at most that are on their way to a program. A multiprocessor of an
+H200 needs some 25 KB: its share of 4.8 TB/s, for 0.7 microseconds."""
+
 PARTS = 32
 """Partial sums that are added up side by side."""
 
@@ -234,8 +254,11 @@ def _trailing_forward(call, eps):
 
 def _trailing_backward(call, dy, kept, dx, needs):
     n, _, k, _ = call.view
+    if call.centered and k > WIDE:
+        return _long_backward(call, dy, kept, dx, needs)
     rows, block = _rows(n, k), _power(k)
-    programs = min(_cdiv(n, rows), 2 * _multiprocessors(call.x.device))
+    most = PROGRAMS * _multiprocessors(call.x.device)
+    programs = min(_cdiv(n, rows), most)
     parts = [call.new(programs, k) if need else None for need in needs[1:]]
     _launch(
         _kernels().trailing_backward,
@@ -244,6 +267,7 @@ def _trailing_backward(call, dy, kept, dx, needs):
         *(call.extras.dtotal, dx, *parts, n, k),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
+        STAGES=_stages(call, 2, rows * block),
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(2 * rows * block),
@@ -262,6 +286,7 @@ def _long_forward(call, eps):
         *(call.extras.total, y, mean, rstd, k, eps),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
+        STAGES=_stages(call, 1, LONG_BLOCK),
         BLOCK=LONG_BLOCK,
         num_warps=_warps(LONG_BLOCK),
     )
@@ -278,6 +303,7 @@ def _long_backward(call, dy, kept, dx, needs):
             *(call.extras.dtotal, dx, k),
             CENTERED=call.centered,
             ACTIVATION=call.extras.activation,
+            STAGES=_stages(call, 2, LONG_BLOCK),
             BLOCK=LONG_BLOCK,
             num_warps=_warps(LONG_BLOCK),
         )
@@ -285,8 +311,8 @@ def _long_backward(call, dy, kept, dx, needs):
         return None, None
     rows, block = 16, 128
     across = _cdiv(k, block)
-    splits = max(1, 4 * _multiprocessors(call.x.device) // across)
-    splits = min(splits, _cdiv(n, rows))
+    splits = SPLITS * _multiprocessors(call.x.device) // across
+    splits = max(1, min(splits, _cdiv(n, rows)))
     parts = call.new(splits, k), call.new(splits, k)
     _launch(
         _kernels().long_sums,
@@ -294,6 +320,7 @@ def _long_backward(call, dy, kept, dx, needs):
         *(dy, call.x, call.weight, call.bias, *kept, *parts, n, k),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
+        STAGES=_stages(call, 2, rows * block),
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(rows * block),
@@ -388,11 +415,11 @@ class _Walk(NamedTuple):
             *(*self.strides, self.per_split),
         )
 
-    @property
-    def tile(self) -> dict[str, int]:
-        """Its compile-time arguments."""
+    def tile(self, call: _Call, tensors: int) -> dict[str, int]:
+        """The compile-time arguments of a kernel that reads so many."""
         channels, inner = self.block
         return {
+            "STAGES": _stages(call, tensors, channels * inner),
             "CHANNELS": channels,
             "INNER": inner,
             "num_warps": _warps(channels * inner),
@@ -414,7 +441,7 @@ def _walk(call: _Call) -> _Walk:
         block = min(_power(c), max(1, FEW // positions)), positions
     blocks = outer * _cdiv(inner, block[1])
     across = _cdiv(c, block[0]) * instances
-    wanted = _cdiv(4 * _multiprocessors(call.x.device), across)
+    wanted = _cdiv(SPLITS * _multiprocessors(call.x.device), across)
     per_split = _cdiv(blocks, min(wanted, blocks))
     splits = _cdiv(blocks, per_split)
     return _Walk(
@@ -433,7 +460,7 @@ def _channels_forward(call, eps):
         *(x, *parts, *walk.where),
         CENTERED=call.centered,
         UNIFORM=inner <= block or inner % block == 0,
-        **walk.tile,
+        **walk.tile(call, 1),
     )
     var, rstd = call.room, call.room
     shifted, whole = (call.room if call.centered else None for _ in range(2))
@@ -453,7 +480,7 @@ def _channels_forward(call, eps):
         walk.grid,
         *(x, call.weight, call.bias, shifted, rstd, y, *walk.where),
         ACTIVATION=call.extras.activation,
-        **walk.tile,
+        **walk.tile(call, 1),
     )
     told = (whole, var) if call.over_batch else (None, None)
     return y, *told, (shifted, rstd)
@@ -468,7 +495,7 @@ def _channels_backward(call, dy, kept, dx, needs):
         walk.grid,
         *(dy, call.x, call.weight, call.bias, *kept, *parts, *walk.where),
         ACTIVATION=call.extras.activation,
-        **walk.tile,
+        **walk.tile(call, 2),
     )
     if dx is not None:
         gxhat, g = call.room, call.room
@@ -487,7 +514,7 @@ def _channels_backward(call, dy, kept, dx, needs):
             *(*walk.where, call.view.count(call.over_batch)),
             CENTERED=call.centered,
             ACTIVATION=call.extras.activation,
-            **walk.tile,
+            **walk.tile(call, 2),
         )
     return _added(call, *parts) if any(needs[1:]) else (None, None)
 
@@ -534,8 +561,14 @@ def _rows(n, k):
 
 
 def _warps(values):
-    """Threads enough for 16 values each, in warps of 32."""
-    return min(32, max(1, _power(values) // 512))
+    """Threads enough for the values, in warps of 32."""
+    return min(32, max(1, _power(values) // (32 * EACH)))
+
+
+def _stages(call, tensors, values):
+    """Blocks on their way, and one more; a block is of so many tensors."""
+    block = tensors * values * call.x.element_size()
+    return 1 + min(STAGES - 1, SHARED // block)
 
 
 def _power(n):
