@@ -80,6 +80,8 @@ def assert_record(record):
         assert_reproduced(record)
     elif "folding" in record:
         assert_folding(record)
+    elif "tiles" in record:
+        assert_tiles(record)
     else:
         assert_speed(record)
 
@@ -112,6 +114,31 @@ def assert_folding(record):
         for dtype, tolerance in folding.TOLERANCE.items():
             name = speed.short(dtype)
             assert line["difference"][name] <= tolerance
+
+
+TILES = {
+    "title": str,
+    "dtype": str,
+    "pass": str,
+    "samples": int,
+    "failed": dict,
+    "results": dict,
+}
+
+
+def assert_tiles(record):
+    assert set(record) == {"provenance", "tiles", "summary"}
+    assert record["tiles"]
+    for line in record["tiles"]:
+        assert_kinds(line, TILES)
+        assert line["results"]["as it is"]["gain"] == 1
+        assert not set(line["results"]) & set(line["failed"])
+        for result in line["results"].values():
+            assert result["ms"] > 0
+            assert result["gain"] > 0
+    for found in record["summary"].values():
+        assert set(found) == {"lines", "mean", "worst"}
+        assert found["worst"] <= found["mean"]
 
 
 def assert_chapters(record):
