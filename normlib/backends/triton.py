@@ -53,7 +53,8 @@ STAGES = 3
 
 SHARED = 2**15
 """Bytes at most that are on their way to a program. A multiprocessor of an
-H200 needs some 25 KB: its share of 4.8 TB/s, for 0.7 microseconds."""
+H200 needs some 25 KB, if a busy memory answers in 0.7 microseconds: its share
+of 4.8 TB/s in that time."""
 
 PARTS = 32
 """Partial sums that are added up side by side."""
