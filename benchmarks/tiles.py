@@ -29,7 +29,7 @@ ALTERNATIVES = {
     "SPLITS": (2, 8),
     "WIDE": (2**12, 2**14),
     "LONG_BLOCK": (2**12, 2**14),
-    "SHARED": (2**14, 2**16),
+    "SHARED": (2**15, 2**17),
 }
 """What each constant may be instead, in the order of what it may gain."""
 
@@ -41,6 +41,7 @@ ROWS = [
     Row("BatchNorm2d", (256, 64, 56, 56), "channels last", last=True),
     Row("RMSNorm", (2048, 16384), "wide"),
     Row("LayerNorm", (2048, 16384), "wide"),
+    Row("LayerNorm", (16384, 8192), "a language model"),
     Row("RMSNorm", (4096, 4096), "a language model"),
     Row("LayerNorm", (256, 100_000), "rows longer than a tile"),
     Row("GroupNorm", (4, 512, 128, 128), "rows too long", groups(32)),
@@ -70,25 +71,25 @@ def chosen(settings):
             setattr(module, name, value)
 
 
-def launches(call, settings):
-    """What the two passes of a call would launch; nothing is run."""
+def launches(run, settings):
+    """What a call would launch; nothing is run."""
     found = []
 
     def note(kernel, grid, *args, **constants):
         found.append((kernel, grid, *constants.items()))
 
     with chosen({**settings, "_launch": note}):
-        call.both()
+        run()
     return found
 
 
-def different(call):
-    """The settings that change what is launched, by their names."""
-    usual = launches(call, {})
+def different(run):
+    """The settings that change what a call launches, by their names."""
+    usual = launches(run, {})
     each = ((n, v) for n, values in ALTERNATIVES.items() for v in values)
     found = {"as it is": {}}
     for name, value in each:
-        if launches(call, {name: value}) != usual:
+        if launches(run, {name: value}) != usual:
             found[f"{name}={value}"] = {name: value}
     return found
 
@@ -103,17 +104,22 @@ def measure(row, dtype, device, budget):
             return run(times)
 
     lines = []
-    settings = different(call)
-    exact = call.both()
+    exact = speed.Call(row, torch.nn, x, dy).both()
     for name, run in (("forward", call.forward), ("both", call.both)):
         runs, failed = {}, {}
-        for title, changed in settings.items():
+        for title, changed in different(run).items():
             one = functools.partial(under, changed, run)
+            # What a kernel leaves out must not be there from the last one.
+            traps = [torch.full_like(t, torch.nan) for t in exact]
+            del traps
             try:
-                check(title, one(), exact, dtype)
-            except RuntimeError as reason:  # too much shared memory, say
+                found = one()
+            except Exception as reason:  # too much shared memory, say
                 failed[title] = f"{type(reason).__name__}: {reason}"[:200]
+                if device == "cuda":
+                    torch.cuda.synchronize()  # a GPU in disorder ends it here
             else:
+                check(title, found, exact, dtype)
                 runs[title] = one
         samples = speed.interleaved(runs, device, budget)
         usual = samples["as it is"]
@@ -137,11 +143,11 @@ def measure(row, dtype, device, budget):
 
 
 def check(title, found, exact, dtype):
-    """See that a setting changes nothing but rounding."""
+    """See that the numbers are torch.nn's, but for rounding."""
     found = (found,) if isinstance(found, torch.Tensor) else found
     for got, wanted in zip(found, exact, strict=False):
         error = (got - wanted).abs().max() / wanted.abs().max()
-        if not error <= 4 * speed.ROUNDING[dtype]:
+        if not error <= 8 * speed.ROUNDING[dtype]:
             sys.exit(f"normlib: {title} gives other numbers, by {error:.1e}")
 
 
@@ -187,8 +193,8 @@ def main():
         sys.exit(f"normlib: no row's title contains {told.only!r}")
     dtypes = [torch.float32] if told.quick else [torch.bfloat16, torch.float32]
     about = provenance("benchmarks.tiles", told.device, told.commit)
-    lines = []
-    for dtype, row in itertools.product(dtypes, rows):
+    lines, written = [], None
+    for row, dtype in itertools.product(rows, dtypes):
         if time.monotonic() - start > told.budget:
             print(f"normlib: no time for {row.title} {speed.short(dtype)}")
             continue

@@ -36,10 +36,11 @@ def test_each_constant_is_one_of_the_backend_and_gets_another_value(name):
 
 @by_interpreter
 def test_only_what_changes_a_launch_is_tried(call):
-    found = tiles.different(call)
+    found = tiles.different(call.both)
     assert found["as it is"] == {}
     assert found["STAGES=1"] == {"STAGES": 1}
     assert not {"SPLITS", "LONG_BLOCK"} & {t.split("=")[0] for t in found}
+    assert "STAGES=1" not in tiles.different(call.forward)  # has no loop
 
 
 def test_the_constants_come_back_also_after_an_error():
@@ -60,11 +61,13 @@ def test_the_constants_come_back_also_after_an_error():
 
 @by_interpreter
 def test_what_a_gpu_cannot_launch_is_told_and_left_out(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
     usual = triton._launch
 
     def launch(kernel, grid, *args, **constants):
         if "ROWS" in constants and constants["num_warps"] > 1:
-            raise RuntimeError("out of resource: shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         usual(kernel, grid, *args, **constants)
 
     monkeypatch.setattr(triton, "_launch", launch)

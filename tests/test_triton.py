@@ -21,6 +21,9 @@ from normlib.backends import eager, fused
 from normlib.backends import triton as backend
 from normlib.testing import assert_close
 
+SHARED = 232_448
+"""Bytes of shared memory that a program of sm_90 may have."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -448,6 +451,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(case, dtype, monkeypatch):
     assert len(compiled) >= 2
     for kernel in compiled:
         assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
@@ -467,6 +471,7 @@ def test_every_fused_kernel_compiles_for_a_hopper_gpu(
     assert len(compiled) >= 2
     for kernel in compiled:
         assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED
 
 
 def compiler(compiled):

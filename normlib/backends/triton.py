@@ -51,7 +51,7 @@ SPLITS = 4
 STAGES = 3
 """How many blocks of a loop are worked on or on their way."""
 
-SHARED = 2**15
+SHARED = 2**16
 """Bytes at most that are on their way to a program. A multiprocessor of an
 H200 needs some 25 KB, if a busy memory answers in 0.7 microseconds: its share
 of 4.8 TB/s in that time."""
@@ -268,7 +268,7 @@ def _trailing_backward(call, dy, kept, dx, needs):
         *(call.extras.dtotal, dx, *parts, n, k),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
-        STAGES=_stages(call, 2, rows * block),
+        STAGES=_stages(rows * block, dy, call.x, call.extras.dtotal),
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(2 * rows * block),
@@ -287,7 +287,10 @@ def _long_forward(call, eps):
         *(call.extras.total, y, mean, rstd, k, eps),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
-        STAGES=_stages(call, 1, LONG_BLOCK),
+        STAGES=_stages(
+            *(LONG_BLOCK, call.x, call.extras.residual),
+            *(call.weight, call.bias),
+        ),
         BLOCK=LONG_BLOCK,
         num_warps=_warps(LONG_BLOCK),
     )
@@ -304,7 +307,10 @@ def _long_backward(call, dy, kept, dx, needs):
             *(call.extras.dtotal, dx, k),
             CENTERED=call.centered,
             ACTIVATION=call.extras.activation,
-            STAGES=_stages(call, 2, LONG_BLOCK),
+            STAGES=_stages(
+                *(LONG_BLOCK, dy, call.x, call.extras.dtotal),
+                *(call.weight, call.bias),
+            ),
             BLOCK=LONG_BLOCK,
             num_warps=_warps(LONG_BLOCK),
         )
@@ -321,7 +327,7 @@ def _long_backward(call, dy, kept, dx, needs):
         *(dy, call.x, call.weight, call.bias, *kept, *parts, n, k),
         CENTERED=call.centered,
         ACTIVATION=call.extras.activation,
-        STAGES=_stages(call, 2, rows * block),
+        STAGES=_stages(rows * block, dy, call.x),
         ROWS=rows,
         BLOCK=block,
         num_warps=_warps(rows * block),
@@ -416,11 +422,11 @@ class _Walk(NamedTuple):
             *(*self.strides, self.per_split),
         )
 
-    def tile(self, call: _Call, tensors: int) -> dict[str, int]:
-        """The compile-time arguments of a kernel that reads so many."""
+    def tile(self, *read: Tensor) -> dict[str, int]:
+        """The compile-time arguments of a kernel that reads these."""
         channels, inner = self.block
         return {
-            "STAGES": _stages(call, tensors, channels * inner),
+            "STAGES": _stages(channels * inner, *read),
             "CHANNELS": channels,
             "INNER": inner,
             "num_warps": _warps(channels * inner),
@@ -461,7 +467,7 @@ def _channels_forward(call, eps):
         *(x, *parts, *walk.where),
         CENTERED=call.centered,
         UNIFORM=inner <= block or inner % block == 0,
-        **walk.tile(call, 1),
+        **walk.tile(x),
     )
     var, rstd = call.room, call.room
     shifted, whole = (call.room if call.centered else None for _ in range(2))
@@ -481,7 +487,7 @@ def _channels_forward(call, eps):
         walk.grid,
         *(x, call.weight, call.bias, shifted, rstd, y, *walk.where),
         ACTIVATION=call.extras.activation,
-        **walk.tile(call, 1),
+        **walk.tile(x),
     )
     told = (whole, var) if call.over_batch else (None, None)
     return y, *told, (shifted, rstd)
@@ -496,7 +502,7 @@ def _channels_backward(call, dy, kept, dx, needs):
         walk.grid,
         *(dy, call.x, call.weight, call.bias, *kept, *parts, *walk.where),
         ACTIVATION=call.extras.activation,
-        **walk.tile(call, 2),
+        **walk.tile(dy, call.x),
     )
     if dx is not None:
         gxhat, g = call.room, call.room
@@ -515,7 +521,7 @@ def _channels_backward(call, dy, kept, dx, needs):
             *(*walk.where, call.view.count(call.over_batch)),
             CENTERED=call.centered,
             ACTIVATION=call.extras.activation,
-            **walk.tile(call, 2),
+            **walk.tile(dy, call.x),
         )
     return _added(call, *parts) if any(needs[1:]) else (None, None)
 
@@ -566,9 +572,12 @@ def _warps(values):
     return min(32, max(1, _power(values) // (32 * EACH)))
 
 
-def _stages(call, tensors, values):
-    """Blocks on their way, and one more; a block is of so many tensors."""
-    block = tensors * values * call.x.element_size()
+def _stages(values, *read):
+    """Blocks on their way, and one more; a block has values of what is read.
+
+    1 where a block by itself is enough.
+    """
+    block = values * sum(t.element_size() for t in read if t is not None)
     return 1 + min(STAGES - 1, SHARED // block)
 
 
