@@ -349,9 +349,10 @@ def from_keras_batch_norm(
     ``x.movedim(-1, 1)``.
 
     The values are taken as they are, so that evaluation is the same. The
-    running variance is Keras' biased one then. With ``count`` it becomes what
-    torch would have kept, ``count / (count - 1)`` times as large, once the
-    start is forgotten.
+    running variance is the biased one of Keras 3 then. With ``count`` it
+    becomes what torch would have kept, ``count / (count - 1)`` times as
+    large, once the start is forgotten. Of images tf.keras 2 has kept the
+    unbiased variance already, by default: give no count.
 
     Args:
         config: of the layer; ``momentum``, ``epsilon``, ``center``, ``scale``
