@@ -137,7 +137,7 @@ def update_running(
         running_var: likewise.
         batch: the batch's moments. An empty batch changes nothing.
         momentum: a number or a tensor without axes.
-        unbiased: where False, take the biased variance, as Keras does.
+        unbiased: where False, take the biased variance, as Keras 3 does.
 
     Chapter 4.
     """
@@ -212,7 +212,7 @@ class ExponentialAverage(_Average):
     ``momentum * (1 - momentum)^k``, and the start (mean 0, variance 1) still
     has :attr:`missing` ``= (1 - momentum)^t``. This is what
     :class:`normlib.BatchNorm` and torch.nn keep; :meth:`with_decay` is what
-    Keras and flax keep.
+    Keras 3 and flax keep.
 
     Args:
         momentum: weight of the newcomer, above 0 and at most 1.
@@ -248,8 +248,8 @@ class ExponentialAverage(_Average):
     ) -> "ExponentialAverage":
         """In TensorFlow's convention: the weight of the *past* is given.
 
-        Its ``momentum=0.99`` is ``momentum=0.01`` here, and Keras averages
-        biased variances.
+        Its ``momentum=0.99`` is ``momentum=0.01`` here, and Keras 3
+        averages biased variances.
         """
         return cls(1 - decay, unbiased=unbiased, debias=debias)
 
