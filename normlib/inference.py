@@ -51,7 +51,8 @@ def recalibrate_batch_norm(
     training. The inputs of each batch-norm layer are merged exactly, in
     float64: batches may differ in size, and a layer that is called several
     times is one population. Then ``running_mean`` takes the mean of all
-    values, and ``running_var`` their unbiased variance.
+    values, and ``running_var`` their unbiased variance. From the second layer
+    on the inputs depend on the batches, so these should be large and random.
 
     A batch with one value per channel cannot be normalized by itself; it is
     normalized by what has been merged so far. A layer that these batches do
