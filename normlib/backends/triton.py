@@ -255,7 +255,7 @@ def _trailing_forward(call, eps):
 
 def _trailing_backward(call, dy, kept, dx, needs):
     n, _, k, _ = call.view
-    if call.centered and k > WIDE:
+    if call.centered and k > WIDE and any(needs[1:]):
         return _long_backward(call, dy, kept, dx, needs)
     rows, block = _rows(n, k), _power(k)
     most = PROGRAMS * _multiprocessors(call.x.device)
